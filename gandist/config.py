@@ -1,0 +1,247 @@
+"""The configuration of a run: typed sections, a YAML file and `key=value` overrides, and errors a person can read."""
+
+import difflib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from gandist.errors import ConfigError
+
+
+def _refuse_bool(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError("a number is wanted, not true or false")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_refuse_bool)]
+Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
+Count = Annotated[Integer, Field(ge=1)]
+Positive = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
+ExpandedPath = Annotated[Path, AfterValidator(Path.expanduser)]
+ShardSpec = str | tuple[str, ...]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DataConfig(Section):
+    """Where the images come from and what they are."""
+
+    train: ShardSpec = "digits:train"  # the built-in digits, or shards: a folder, a glob, braces, or a list of these
+    test: ShardSpec | None = "digits:test"  # held-out images for the class head's accuracy
+    resolution: Count = 16  # pixels; images are square
+    channels: Literal[1, 3] = 1  # 1: grey, 3: RGB
+    num_classes: Count = 10
+    num_workers: Annotated[Integer, Field(ge=0)] = 1  # decoding processes a rank
+    shuffle_block: Annotated[Integer, Field(ge=0)] = 0  # shards shuffled together; 0: all
+    cache_dir: ExpandedPath = Field(Path("~/.cache/gandist"), validate_default=True)  # shard indices, built-in data
+
+
+class ModelConfig(Section):
+    """The two networks."""
+
+    family: Literal["dcgan"] = "dcgan"
+    latent_dim: Count = 64
+    generator_width: Count = 16  # channels at full resolution; doubled each time the resolution halves
+    discriminator_width: Count = 24
+    conditioning: Literal["projection", "auxiliary"] = "projection"  # how the discriminator uses the labels
+
+
+class LossConfig(Section):
+    """The adversarial game."""
+
+    adversarial: Literal["hinge", "non_saturating"] = "hinge"
+    r1_gamma: NotNegative = 0.0  # weight of the R1 gradient penalty on real images; 0: none
+
+
+class ClassificationConfig(Section):
+    """The class head."""
+
+    weight: NotNegative = 1.0  # of its cross-entropy in the losses
+
+
+class OptimizerConfig(Section):
+    """Adam for both networks."""
+
+    generator_lr: Positive = 5e-4
+    discriminator_lr: Positive = 1e-3
+    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.0, 0.9)
+    eps: Positive = 1e-8
+
+
+class EmaConfig(Section):
+    """The averaged generator that is evaluated and sampled."""
+
+    half_life_kimg: Positive = 2.0  # after so many images a weight counts half
+
+
+class TrainConfig(Section):
+    """Length, batch and arithmetic. One kimg is 1,000 real images shown to the discriminator."""
+
+    kimg: Positive = 100.0
+    batch_size: Count = 64  # images a discriminator update, over all ranks and micro-batches
+    discriminator_updates: Count = 1  # for each generator update
+    accumulation: Count = 1  # micro-batches an update is split into
+    precision: Literal["auto", "float64", "float32", "tf32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs that have it
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> "TrainConfig":
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"accumulation={self.accumulation} does not divide batch_size={self.batch_size}")
+        return self
+
+
+Metric = Literal["accuracy", "fd_classifier", "gan_test"]
+
+
+class EvaluationConfig(Section):
+    """What is measured, and when. It is always measured at the end."""
+
+    every_kimg: Positive = 20.0
+    metrics: tuple[Metric, ...] = ("accuracy", "fd_classifier", "gan_test")
+    num_images: Count | None = None  # generated images; null: as many as the training set has
+    batch_size: Count = 256  # images a forward pass of one rank; part of the protocol, like the seed
+
+
+class CheckpointConfig(Section):
+    every_kimg: Positive = 10.0
+    keep: Annotated[Integer, Field(ge=2)] = 2  # the newest so many; two at least, should the newest be damaged
+
+
+class TrackingConfig(Section):
+    """Console, metrics.jsonl, sample grids and Weights & Biases."""
+
+    every_kimg: Positive = 2.0
+    samples_every_kimg: Positive = 20.0
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online with a key, else offline
+    wandb_project: str = "gandist"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _yaml_off(cls, values: Any) -> Any:
+        # YAML 1.1 reads a bare `off` as false.
+        if isinstance(values, dict) and values.get("wandb") is False:
+            return {**values, "wandb": "off"}
+        return values
+
+
+class Config(Section):
+    run_dir: ExpandedPath = Path("runs/digits")
+    seed: Annotated[Integer, Field(ge=0)] = 0
+    engine: Literal["ddp"] = "ddp"
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    loss: LossConfig = LossConfig()
+    classification: ClassificationConfig = ClassificationConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EmaConfig = EmaConfig()
+    train: TrainConfig = TrainConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _accuracy_needs_a_test_set(self) -> "Config":
+        if "accuracy" in self.evaluation.metrics and self.data.test is None:
+            raise ValueError("evaluation.metrics has 'accuracy', which needs data.test: name held-out shards or drop it")
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -> Config:
+    """The configuration of a YAML file (`None`: the defaults) with `section.key=value` overrides, whose values are YAML.
+
+    Raises ConfigError with every mistake at once.
+    """
+    values = _read_yaml(Path(path)) if path else {}
+    mistakes = [mistake for override in overrides if (mistake := _apply_override(values, override))]
+    try:
+        config = Config.model_validate(values)
+    except ValidationError as error:
+        mistakes += [_explain(entry) for entry in error.errors()]
+    if mistakes:
+        lines = "\n".join(f"  {mistake}" for mistake in mistakes)
+        raise ConfigError(f"{path or 'configuration'}: {len(mistakes)} mistake(s)\n{lines}")
+    return config
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML that refuses a key written twice (PyYAML silently keeps the last)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value]
+        if repeated := {key for key in keys if keys.count(key) > 1}:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key written twice: {', '.join(sorted(repeated))}", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        values = yaml.load(path.read_text(), _UniqueKeyLoader)
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict | None):
+        raise ConfigError(f"{path}: sections are wanted, such as 'train:', not a {type(values).__name__}")
+    return values or {}
+
+
+def _apply_override(values: dict, override: str) -> str | None:
+    """Sets one `key=value` in place; returns what is wrong with it, if anything."""
+    key, equals, text = override.partition("=")
+    if not equals or not key or key.startswith("-"):
+        return f"{override!r}: an override is written key=value, such as train.kimg=200"
+    *sections, leaf = key.split(".")
+    for section in sections:
+        child = values.get(section)
+        values[section] = values = dict(child) if isinstance(child, dict) else {}
+    try:
+        values[leaf] = yaml.load(text, _UniqueKeyLoader)
+    except yaml.YAMLError as error:
+        return f"{key}: {' '.join(str(error).split())}"
+    return None
+
+
+def _explain(entry: dict) -> str:
+    path = ".".join(str(part) for part in entry["loc"])
+    if entry["type"] == "extra_forbidden":
+        nearest = _nearest_key(path)
+        return f"{path}: unknown key" + (f", did you mean '{nearest}'?" if nearest else "")
+    message = entry["msg"].removeprefix("Value error, ")
+    if entry["type"] == "literal_error":
+        expected = entry["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
+        nearest = difflib.get_close_matches(str(entry["input"]), expected, n=1)
+        message = f"{entry['input']!r} is not one of {', '.join(expected)}"
+        return f"{path}: {message}" + (f"; did you mean '{nearest[0]}'?" if nearest else "")
+    if entry["type"] == "model_type":
+        message = f"a section is wanted here, such as {path}:, with its keys below it"
+    if isinstance(entry["input"], str | int | float | None):
+        message += f" (got {entry['input']!r})"
+    return f"{path}: {message}" if path else message
+
+
+def _nearest_key(path: str) -> str | None:
+    keys = list(_dotted_keys(Config))
+    if close := difflib.get_close_matches(path, keys, n=1, cutoff=0.75):
+        return close[0]
+    leaves = {key.rpartition(".")[2]: key for key in reversed(keys)}
+    close = difflib.get_close_matches(path.rpartition(".")[2], leaves, n=1, cutoff=0.6)
+    return leaves[close[0]] if close else None
+
+
+def _dotted_keys(section: type[Section], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            yield from _dotted_keys(field.annotation, f"{prefix}{name}.")

@@ -1,0 +1,126 @@
+"""Process groups, the device of this rank, agreement between ranks, and the wrapper of every entry point."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
+
+from gandist.errors import GandistError
+
+TIMEOUT = timedelta(minutes=10)
+_LOST_PEER = "Connection closed by peer", "Connection reset by peer"
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks of this run, as one of them sees it.
+
+    `control` is a gloo group for what is slow or small (files, agreement, evaluation), so that no collective of the
+    training's own group ever waits for a disk.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    control: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        dist.barrier(self.control)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value in the order of ranks, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, on the CPU."""
+        total = tensor.detach().cpu().clone()
+        dist.all_reduce(total, group=self.control)
+        return total
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Runs a block without collectives; a GandistError or OSError of any rank is raised on all of them."""
+        failure = None
+        try:
+            yield
+        except (GandistError, OSError) as error:
+            failure = error if isinstance(error, GandistError) else GandistError(str(error))
+        failures = [error for error in self.gather(failure) if error is not None]
+        if failures:
+            error = type(failures[0])("\n".join(dict.fromkeys(str(each) for each in failures)))
+            error.on_every_rank = True
+            raise error from failure
+
+
+@contextmanager
+def join_world() -> Iterator[World]:
+    """Joins the process group that the launcher describes in the environment, or makes one of this process alone."""
+    launched = "RANK" in os.environ
+    rank = int(os.environ.get("RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device = torch.device("cpu")
+        backend = "gloo"
+        if "OMP_NUM_THREADS" not in os.environ:
+            local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    if launched:
+        dist.init_process_group(backend, timeout=TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=rank, world_size=size, timeout=TIMEOUT)
+    yield World(rank, size, local_rank, device, dist.new_group(backend="gloo", timeout=TIMEOUT))
+    # Not in a `finally`: a rank that fails must leave at once, and the others may be inside a collective.
+    dist.destroy_process_group()
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs an entry point: an error a user can act on becomes one message and exit status 1.
+
+    Other errors keep their traceback, which torchrun shows for the rank that failed first.
+    """
+
+    @record
+    def guarded() -> None:
+        try:
+            main()
+        except GandistError as error:
+            _fail(str(error), on_every_rank=error.on_every_rank)
+        except RuntimeError as error:
+            if not any(sign in str(error) for sign in _LOST_PEER):
+                raise
+            _fail("the connection to another rank was lost: it failed first, see its own message")
+
+    guarded()
+
+
+def _fail(message: str, *, on_every_rank: bool = False) -> None:
+    rank = os.environ.get("RANK", "0")
+    if rank == "0" or not on_every_rank:
+        where = f" (rank {rank})" if "RANK" in os.environ and not on_every_rank else ""
+        print(f"error{where}: {message}", file=sys.stderr, flush=True)
+    sys.exit(1)

@@ -1,0 +1,31 @@
+"""The networks by name. A new family or head is one file or class, and one entry here."""
+
+from torch import nn
+
+from gandist.config import DataConfig, ModelConfig
+from gandist.models.dcgan import DCGANGenerator, DCGANTrunk
+from gandist.models.heads import AuxiliaryClassifierHead, Discriminator, DiscriminatorOutput, ProjectionHead
+
+__all__ = ["Discriminator", "DiscriminatorOutput", "build_discriminator", "build_generator"]
+
+FAMILIES = {"dcgan": (DCGANGenerator, DCGANTrunk)}
+HEADS = {"projection": ProjectionHead, "auxiliary": AuxiliaryClassifierHead}
+
+
+def build_generator(model: ModelConfig, data: DataConfig) -> nn.Module:
+    """A module latents [B, Z], labels int64 [B] → images [B, C, H, W] in [-1, 1]. Raises ConfigError."""
+    generator, _ = FAMILIES[model.family]
+    return generator(
+        latent_dim=model.latent_dim,
+        num_classes=data.num_classes,
+        resolution=data.resolution,
+        channels=data.channels,
+        width=model.generator_width,
+    )
+
+
+def build_discriminator(model: ModelConfig, data: DataConfig) -> Discriminator:
+    """A module images [B, C, H, W] in [-1, 1], labels int64 [B] → DiscriminatorOutput. Raises ConfigError."""
+    _, trunk_of_family = FAMILIES[model.family]
+    trunk = trunk_of_family(resolution=data.resolution, channels=data.channels, width=model.discriminator_width)
+    return Discriminator(trunk, HEADS[model.conditioning](trunk.features, data.num_classes))

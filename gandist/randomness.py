@@ -1,0 +1,51 @@
+"""Everything random of a step, from (seed, step): the same at any world size, with nothing to save."""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import torch
+
+
+class Purpose(IntEnum):
+    """Each draws from a stream of its own. The numbers are part of what a seed means: never renumber them."""
+
+    DISCRIMINATOR = 0
+    GENERATOR = 1
+    EVALUATION = 2
+    SAMPLES = 3
+
+
+def random_stream(seed: int, purpose: Purpose, *key: int) -> np.random.Generator:
+    """A counter-based generator (Philox) for this purpose and key."""
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(purpose, *key))))
+
+
+def draw_latents(stream: np.random.Generator, count: int, latent_dim: int) -> torch.Tensor:
+    """Standard normal float32 [count, latent_dim]"""
+    return torch.from_numpy(stream.standard_normal((count, latent_dim), np.float32))
+
+
+@dataclass(frozen=True)
+class StepRandomness:
+    """What this rank's places of the global batch draw.
+
+    batch_size:   global
+    class_counts: of the training set, int64 [K]; labels are drawn as frequent as they are there
+    """
+
+    seed: int
+    batch_size: int
+    latent_dim: int
+    class_counts: np.ndarray
+    rank: int
+    world_size: int
+
+    def draw(self, purpose: Purpose, step: int, update: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents float32 [B / world_size, Z] and labels int64 [B / world_size] of one update of a step."""
+        stream = random_stream(self.seed, purpose, step, update)
+        latents = draw_latents(stream, self.batch_size, self.latent_dim)
+        ranks_of_samples = stream.integers(self.class_counts.sum(), size=self.batch_size)
+        labels = np.searchsorted(np.cumsum(self.class_counts), ranks_of_samples, "right")
+        mine = slice(self.rank, None, self.world_size)
+        return latents[mine], torch.from_numpy(labels[mine])

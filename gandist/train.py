@@ -1,0 +1,78 @@
+"""Trains: `torchrun --nproc_per_node=N -m gandist.train [--config FILE] [key=value …]`."""
+
+import argparse
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from gandist.config import Config, load_config
+from gandist.distributed import World, join_world, run
+from gandist.tracking import EVALUATIONS, METRICS, SAMPLES
+from gandist.trainer import CHECKPOINTS, CONFIG, Trainer
+
+EXAMPLES = """\
+examples:
+  torchrun --nproc_per_node=2 -m gandist.train
+      trains the built-in digits with two processes into runs/digits
+  torchrun --nproc_per_node=8 -m gandist.train --config configs/digits.yaml train.kimg=200 run_dir=runs/long
+      a configuration file, with keys of it overridden
+  python -m gandist.train train.kimg=200 --print-config
+      shows every key and its value, and trains nothing
+
+To resume, run the same command again. To train longer, run it with a larger train.kimg.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="torchrun --nproc_per_node=N -m gandist.train",
+        description="Train a class-conditional GAN whose discriminator also classifies.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file; default: the built-in digits")
+    parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and exit")
+    parser.add_argument("--fresh", action="store_true", help="start over; what is in run_dir is moved aside, not removed")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the configuration, such as train.kimg=200")
+    options = parser.parse_intermixed_args(arguments)
+    config = load_config(options.config, options.overrides)
+    if options.print_config:
+        print(config.to_yaml(), end="")
+        return
+    with join_world() as world:
+        train(config, world, fresh=options.fresh)
+
+
+def train(config: Config, world: World, *, fresh: bool = False) -> None:
+    """Starts or resumes the run of `config`, to its end or until a signal stops it."""
+    run_dir = config.run_dir
+    trainer = Trainer(config, world)
+    with world.together():
+        if world.is_main:
+            if fresh and run_dir.exists():
+                shutil.move(run_dir, f"{run_dir}.before-{time.strftime('%Y%m%d-%H%M%S')}")
+            run_dir.mkdir(parents=True, exist_ok=True)
+    resumed = trainer.resume()
+    say = print if world.is_main else lambda text: None
+    if trainer.finished:
+        say(f"{run_dir} is finished: {trainer.images / 1000:g} kimg; train.kimg={config.train.kimg * 2:g} trains it further")
+        return
+    with world.together():
+        if world.is_main:
+            (run_dir / CONFIG).write_text(config.to_yaml())
+    say(trainer.describe() + (f"\nresumed from {resumed}" if resumed else ""))
+    trainer.train()
+    if not trainer.finished:
+        say(f"stopped by a signal at kimg {trainer.images / 1000:g} and saved; the same command goes on from there")
+        return
+    say(
+        f"finished: {run_dir}\n"
+        f"  pictures     {run_dir / SAMPLES}/step-{trainer.step:08d}.png\n"
+        f"  numbers      {run_dir / EVALUATIONS} and {METRICS}\n"
+        f"  checkpoints  {run_dir / CHECKPOINTS}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,282 @@
+"""Builds a run in order, and the loop."""
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import torch
+import webdataset
+
+import gandist
+from gandist import checkpoint
+from gandist.config import Config
+from gandist.data import Batch, class_names, open_dataset, training_batches
+from gandist.distributed import World
+from gandist.ema import ExponentialMovingAverage
+from gandist.engine import Player, choose_precision, frozen
+from gandist.errors import CheckpointError, ConfigError, TrainingError
+from gandist.evaluation.evaluator import Evaluator, to_uint8
+from gandist.losses import ADVERSARIAL_LOSSES
+from gandist.models import build_discriminator, build_generator
+from gandist.objective import DiscriminatorObjective, GeneratorObjective
+from gandist.preemption import StopRequest
+from gandist.randomness import Purpose, StepRandomness, draw_latents, random_stream
+from gandist.tracking import Meter, Scalars, Tracker, open_trackers, sample_grid
+
+CHECKPOINTS = "checkpoints"
+CONFIG = "config.yaml"
+SAMPLES_PER_CLASS = 10
+
+
+class Trainer:
+    """One run, on one rank. Its state is `step`, `images` and the tensors of `state_dict`; all else follows from these.
+
+    images: real images shown to the discriminator so far, which is also the position in the data
+    """
+
+    def __init__(self, config: Config, world: World):
+        _check_batch_size(config, world)
+        self.config = config
+        self.world = world
+        self.step = 0
+        self.images = 0
+        self.images_per_step = config.train.batch_size * config.train.discriminator_updates
+
+        # Open the data.
+        self.train_set = open_dataset(config.data.train, config.data, world)
+        self.class_names = class_names(self.train_set, config.data)
+        self.randomness = StepRandomness(
+            config.seed,
+            config.train.batch_size,
+            config.model.latent_dim,
+            np.bincount(self.train_set.labels, minlength=config.data.num_classes),
+            world.rank,
+            world.size,
+        )
+
+        # Build the networks, equal on all ranks.
+        self.precision = choose_precision(config.train.precision, world.device)
+        placement = {"device": world.device, "dtype": self.precision.dtype, "memory_format": torch.channels_last}
+        torch.manual_seed(config.seed)
+        generator = build_generator(config.model, config.data).to(**placement)
+        discriminator = build_discriminator(config.model, config.data).to(**placement)
+        self.ema = ExponentialMovingAverage(generator, half_life=config.ema.half_life_kimg * 1000)
+
+        # Make them players.
+        optimizer = config.optimizer
+        game = {
+            "adversarial": ADVERSARIAL_LOSSES[config.loss.adversarial],
+            "class_weight": config.classification.weight,
+            "autocast": self.precision.autocast,
+        }
+        adam = {"betas": optimizer.betas, "eps": optimizer.eps}
+        objective = DiscriminatorObjective(discriminator, r1_gamma=config.loss.r1_gamma, **game)
+        self.discriminator = Player(objective, world.device, lr=optimizer.discriminator_lr, **adam)
+        objective = GeneratorObjective(generator, discriminator, **game)
+        self.generator = Player(objective, world.device, lr=optimizer.generator_lr, **adam)
+
+        # Prepare to look at them.
+        self.evaluator = Evaluator(config, self.train_set, world)
+        self.meter = Meter(world)
+
+    @property
+    def progress(self) -> dict[str, float]:
+        return {"step": self.step, "kimg": self.images / 1000}
+
+    @property
+    def finished(self) -> bool:
+        return self.images >= self.config.train.kimg * 1000
+
+    def train(self) -> None:
+        """Trains from where the run stands to its end, or until asked to stop. Saves in either case."""
+        config = self.config
+        trackers = open_trackers(config, self.class_names, self.world, step=self.step)
+        stop = StopRequest(self.world)
+        stopping = False
+        self._start_interval()
+        with closing(self._open_batches()) as batches:
+            while not (self.finished or stopping):
+                self.train_step(batches)
+                stopping = stop.agreed()
+                saving = self.finished or stopping or self._due(config.checkpoint.every_kimg)
+                if saving or self._due(config.tracking.every_kimg):
+                    self._log(trackers)
+                if self.finished or self._due(config.tracking.samples_every_kimg):
+                    self._draw_samples(trackers)
+                if self.finished or self._due(config.evaluation.every_kimg):
+                    self._evaluate(trackers)
+                if saving:
+                    self.save()
+        for tracker in trackers:
+            tracker.finish()
+
+    def train_step(self, batches: Iterator[Batch]) -> None:
+        """One iteration of Goodfellow et al. 2014 (1406.2661), algorithm 1: updates of D, one of G, one of the average."""
+        count = self.config.train.accumulation
+        for update in range(self.config.train.discriminator_updates):
+            real, real_labels = self._next_real(batches)
+            latents, labels = self._latents(Purpose.DISCRIMINATOR, update)
+            micro_batches = zip(*(each.chunk(count) for each in (real, real_labels, latents, labels)), strict=True)
+            inputs = ((x, y, self._fake(z, c), c) for x, y, z, c in micro_batches)
+            self.meter.update(self.discriminator.update(inputs, count))
+
+        latents, labels = self._latents(Purpose.GENERATOR)
+        with frozen(self.discriminator.network):
+            inputs = zip(latents.chunk(count), labels.chunk(count), strict=True)
+            self.meter.update(self.generator.update(inputs, count))
+
+        self.ema.update(self.images_per_step)
+        self.step += 1
+        self.images += self.images_per_step
+
+    def state_dict(self) -> dict:
+        """The live tensors of the run; loading a checkpoint copies into them."""
+        return {
+            "generator": self.generator.state_dict(),
+            "discriminator": self.discriminator.state_dict(),
+            "generator_ema": self.ema.module.state_dict(),
+        }
+
+    def save(self) -> None:
+        """Writes a checkpoint. Raises CheckpointError where that fails."""
+        meta = {
+            **self.progress,
+            "images": self.images,
+            "world_size": self.world.size,
+            "data_fingerprint": self.train_set.fingerprint,
+            "config": self.config.model_dump(mode="json"),
+            "versions": {"gandist": gandist.__version__, "torch": torch.__version__, "webdataset": webdataset.__version__},
+        }
+        folder = self.config.run_dir / CHECKPOINTS
+        checkpoint.save(folder, self.step, self.state_dict(), meta, self.world, keep=self.config.checkpoint.keep)
+
+    def resume(self) -> Path | None:
+        """Goes on from the newest checkpoint, if there is one, and returns it.
+
+        Raises CheckpointError if all are damaged, or if the newest is of another run: other networks, data or seed.
+        """
+        path = checkpoint.newest(self.config.run_dir / CHECKPOINTS, self.world)
+        if path is None:
+            return None
+        meta = checkpoint.read_meta(path)
+        self._refuse_other_run(path, meta)
+        checkpoint.load(path, self.state_dict(), self.world)
+        self.step, self.images = meta["step"], meta["images"]
+        return path
+
+    def describe(self) -> str:
+        """What is about to run, for the console."""
+        config = self.config
+        sizes = [sum(p.numel() for p in each.network.parameters()) for each in (self.generator, self.discriminator)]
+        return (
+            f"{config.run_dir}: {self.world.size} rank(s) on {self.world.device.type}, {self.precision.name}\n"
+            f"data: {len(self.train_set):,} images of {config.data.num_classes} classes"
+            f" in {len(self.train_set.paths)} shards\n"
+            f"networks: {config.model.family}, generator {sizes[0]:,} and discriminator {sizes[1]:,} parameters\n"
+            f"plan: {config.train.kimg:g} kimg in global batches of {config.train.batch_size}"
+        )
+
+    def _open_batches(self) -> Iterator[Batch]:
+        config = self.config
+        batch_size = config.train.batch_size
+        return training_batches(
+            self.train_set, config.data, self.world, seed=config.seed, batch_size=batch_size, start=self.images
+        )
+
+    def _next_real(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images [B / world_size, C, H, W] in [-1, 1] and their labels, on the device."""
+        start = time.perf_counter()
+        images, labels = next(batches)
+        self.data_wait += time.perf_counter() - start
+        images = images.to(self.world.device, non_blocking=True).permute(0, 3, 1, 2)
+        return images.to(self.precision.dtype) / 127.5 - 1, labels.to(self.world.device, non_blocking=True)
+
+    def _latents(self, purpose: Purpose, update: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+        latents, labels = self.randomness.draw(purpose, self.step, update)
+        return latents.to(self.world.device, self.precision.dtype), labels.to(self.world.device)
+
+    @torch.no_grad()
+    def _fake(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.generator.objective.generate(latents, labels)
+
+    def _due(self, every_kimg: float) -> bool:
+        """Whether this step reached or passed a multiple of the interval."""
+        interval = round(every_kimg * 1000)
+        return self.images // interval > (self.images - self.images_per_step) // interval
+
+    def _start_interval(self) -> None:
+        self.interval_start = time.perf_counter()
+        self.interval_images = self.images
+        self.data_wait = 0.0
+
+    def _log(self, trackers: list[Tracker]) -> None:
+        values = self.meter.read()
+        if bad := [name for name, value in values.items() if not np.isfinite(value)]:
+            error = TrainingError(
+                f"{', '.join(bad)} not finite at step {self.step} (kimg {self.images / 1000:.1f}): the last checkpoint "
+                "is from before; lower the learning rates, or use train.precision=float32"
+            )
+            error.on_every_rank = True
+            raise error
+        seconds = time.perf_counter() - self.interval_start
+        values |= {
+            "throughput/images_per_second": (self.images - self.interval_images) / seconds,
+            "throughput/data_wait": self.data_wait / seconds,
+            "memory/peak_gib": _peak_memory(self.world.device) / 2**30,
+        }
+        for tracker in trackers:
+            tracker.scalars(self.progress, values)
+        self._start_interval()
+
+    def _draw_samples(self, trackers: list[Tracker]) -> None:
+        """One row a class, always of the same latents."""
+        if not trackers:
+            return
+        labels = torch.arange(self.config.data.num_classes, device=self.world.device).repeat_interleave(SAMPLES_PER_CLASS)
+        stream = random_stream(self.config.seed, Purpose.SAMPLES)
+        latents = draw_latents(stream, len(labels), self.config.model.latent_dim)
+        with torch.no_grad():
+            images = self.ema.module(latents.to(self.world.device, self.precision.dtype), labels)
+        grid = sample_grid(to_uint8(images), columns=SAMPLES_PER_CLASS)
+        for tracker in trackers:
+            tracker.samples(self.progress, grid)
+
+    def _evaluate(self, trackers: list[Tracker]) -> None:
+        evaluation = self.evaluator(self.ema.module, self.discriminator.network, **self.progress)
+        for tracker in trackers:
+            tracker.evaluation(self.progress, evaluation)
+
+    def _refuse_other_run(self, path: Path, meta: dict) -> None:
+        saved, now = meta["config"], self.config.model_dump(mode="json")
+        same_data = {"data_fingerprint": (meta["data_fingerprint"], self.train_set.fingerprint)}
+        compared = same_data | {"seed": (saved["seed"], now["seed"])}
+        compared |= {f"model.{key}": (saved["model"].get(key), value) for key, value in now["model"].items()}
+        keys = ("resolution", "channels", "num_classes", "shuffle_block")
+        compared |= {f"data.{key}": (saved["data"][key], now["data"][key]) for key in keys}
+        if changed := [f"  {key}: {old} there, {new} now" for key, (old, new) in compared.items() if old != new]:
+            error = CheckpointError(
+                f"{path} is of another run:\n" + "\n".join(changed) + "\ngo back to its settings, choose another "
+                "run_dir, or start over with --fresh"
+            )
+            error.on_every_rank = True
+            raise error
+
+
+def _check_batch_size(config: Config, world: World) -> None:
+    batch_size, parts = config.train.batch_size, world.size * config.train.accumulation
+    if batch_size % parts:
+        fitting = [n for n in range(1, batch_size + 1) if batch_size % (n * config.train.accumulation) == 0]
+        raise ConfigError(
+            f"train.batch_size={batch_size} cannot be split evenly over {world.size} rank(s) × {config.train.accumulation} "
+            f"micro-batch(es): use {max(1, batch_size // parts) * parts}, or run {', '.join(map(str, fitting))} ranks"
+        )
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's allocator, or resident of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

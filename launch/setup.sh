@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Makes .venv in the project's folder, or brings it up to date, with the versions of constraints.txt.
+#   bash launch/setup.sh [EXTRA]      e.g. bash launch/setup.sh test
+# PYTHON=python3.12 chooses the interpreter (3.11 or newer) of a new .venv.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
+  echo "setup: gandist needs Python 3.11 or newer and '$python' is $("$python" --version 2>&1); set PYTHON to another" >&2
+  exit 1
+}
+if command -v uv >/dev/null; then
+  uv=uv
+  [ -x .venv/bin/python ] || uv venv --quiet --python "$python" .venv
+else
+  uv=.venv/bin/uv
+  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  [ -x "$uv" ] || .venv/bin/python -m pip install --quiet --disable-pip-version-check uv
+fi
+"$uv" pip install --quiet --python .venv/bin/python --constraint constraints.txt --editable ".${1:+[$1]}"
