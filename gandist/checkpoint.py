@@ -19,23 +19,26 @@ from torch.distributed.checkpoint.api import CheckpointException
 from gandist.distributed import World
 from gandist.errors import CheckpointError
 
+FOLDER = "checkpoints"  # of a run folder
 META = "meta.json"
 SUMS = "SHA256SUMS"
 _STEP = re.compile(r"step-(\d{8})")
 
 
-def complete_steps(folder: Path) -> list[Path]:
+def complete_steps(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
+    folder = run_dir / FOLDER
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _STEP.fullmatch(path.name) and (path / SUMS).exists())
 
 
-def save(folder: Path, step: int, state: dict[str, Any], meta: dict[str, Any], world: World, *, keep: int) -> Path:
-    """Saves `state` (nested dicts of tensors, equal on all ranks) as `folder/step-…` and removes all but the `keep` newest.
+def save(run_dir: Path, step: int, state: dict[str, Any], meta: dict[str, Any], world: World, *, keep: int) -> Path:
+    """Saves `state`, nested dicts of tensors that are equal on all ranks, and removes all but the `keep` newest.
 
     Every rank calls it. Raises CheckpointError on all of them if any cannot write; older checkpoints are untouched then.
     """
+    folder = run_dir / FOLDER
     final = folder / f"step-{step:08d}"
     partial = folder / f".tmp-{final.name}"
     with world.together():
@@ -46,9 +49,9 @@ def save(folder: Path, step: int, state: dict[str, Any], meta: dict[str, Any], w
     try:
         dcp.save(state, checkpoint_id=partial, process_group=world.control)
     except CheckpointException as error:
-        failure = CheckpointError(f"cannot save {final}: {_root_cause(error)}. The checkpoints before it are intact")
-        failure.on_every_rank = True
-        raise failure from error
+        raise CheckpointError(
+            f"cannot save {final}: {_root_cause(error)}. The checkpoints before it are intact", on_every_rank=True
+        ) from error
     with world.together():
         written = sorted(path.name for path in partial.iterdir())
         sums = {name: _sha256(partial / name) for name in written[world.rank :: world.size]}
@@ -61,17 +64,17 @@ def save(folder: Path, step: int, state: dict[str, Any], meta: dict[str, Any], w
                 shutil.rmtree(final)
             partial.rename(final)
             _sync(folder)
-            for old in complete_steps(folder)[:-keep]:
+            for old in complete_steps(run_dir)[:-keep]:
                 shutil.rmtree(old)
     return final
 
 
-def newest(folder: Path, world: World) -> Path | None:
+def newest(run_dir: Path, world: World) -> Path | None:
     """The newest checkpoint that is whole, on every rank; `None` in a new run.
 
     A damaged one is renamed to `….damaged` and the one before it is taken. Raises CheckpointError if all are damaged.
     """
-    candidates = world.broadcast(complete_steps(folder))
+    candidates = world.broadcast(complete_steps(run_dir))
     for path in reversed(candidates):
         damage = verify(path, world)
         if not damage:
@@ -80,12 +83,12 @@ def newest(folder: Path, world: World) -> Path | None:
             shutil.rmtree(aside := path.with_name(f"{path.name}.damaged"), ignore_errors=True)
             path.rename(aside)
             print(f"warning: {damage}; set aside as {aside.name}", flush=True)
-    if candidates or world.broadcast(bool(list(folder.glob("*.damaged")))):
-        error = CheckpointError(
-            f"every checkpoint in {folder} is damaged (see *.damaged there): restore one from a copy, or start over with --fresh"
+    if candidates or world.broadcast(any((run_dir / FOLDER).glob("*.damaged"))):
+        raise CheckpointError(
+            f"every checkpoint in {run_dir / FOLDER} is damaged (renamed to *.damaged): restore one from a copy, or start "
+            "over with --fresh",
+            on_every_rank=True,
         )
-        error.on_every_rank = True
-        raise error
     return None
 
 
@@ -107,9 +110,7 @@ def load(path: Path, state: dict[str, Any], world: World) -> None:
     try:
         dcp.load(state, checkpoint_id=path, process_group=world.control)
     except CheckpointException as error:
-        failure = CheckpointError(f"{path} does not fit this configuration: {_root_cause(error)}")
-        failure.on_every_rank = True
-        raise failure from error
+        raise CheckpointError(f"{path} does not fit this configuration: {_root_cause(error)}", on_every_rank=True) from error
 
 
 def read_meta(path: Path) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from gandist.errors import ConfigError
 
+RUN_CONFIG = "config.yaml"  # the resolved configuration in a run folder
+
 
 def _refuse_bool(value: Any) -> Any:
     if isinstance(value, bool):
@@ -69,7 +71,7 @@ class ClassificationConfig(Section):
 class OptimizerConfig(Section):
     """Adam for both networks."""
 
-    generator_lr: Positive = 5e-4
+    generator_lr: Positive = 3e-3
     discriminator_lr: Positive = 1e-3
     betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.0, 0.9)
     eps: Positive = 1e-8

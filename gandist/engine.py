@@ -39,9 +39,7 @@ def choose_precision(name: str, device: torch.device) -> Precision:
 class Player:
     """Updates the network of one objective on the whole group of ranks."""
 
-    def __init__(
-        self, objective: nn.Module, device: torch.device, *, lr: float, betas: tuple[float, float], eps: float
-    ):
+    def __init__(self, objective: nn.Module, device: torch.device, *, lr: float, betas: tuple[float, float], eps: float):
         self.objective = objective
         self.network: nn.Module = objective.network
         self.optimizer = torch.optim.Adam(self.network.parameters(), lr, betas, eps, fused=True)

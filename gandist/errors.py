@@ -4,20 +4,25 @@
 class GandistError(Exception):
     """`on_every_rank`: all ranks raise the same error, so rank 0 alone prints it."""
 
-    on_every_rank = False
+    def __init__(self, message: str, *, on_every_rank: bool = False):
+        super().__init__(message)
+        self.on_every_rank = on_every_rank
 
 
 class ConfigError(GandistError):
-    on_every_rank = True
+    """The configuration, or how it fits the ranks: known to all of them."""
+
+    def __init__(self, message: str, *, on_every_rank: bool = True):
+        super().__init__(message, on_every_rank=on_every_rank)
 
 
 class DataError(GandistError):
-    pass
+    """A shard or a sample."""
 
 
 class CheckpointError(GandistError):
-    pass
+    """A checkpoint that cannot be written, or not be loaded."""
 
 
 class TrainingError(GandistError):
-    pass
+    """A run that cannot go on."""

@@ -91,7 +91,7 @@ class Console(Tracker):
         )
 
     def evaluation(self, progress: dict, evaluation: Evaluation) -> None:
-        values = "  ".join(f"{record.metric} {record.value:.4f}" for record in evaluation.records)
+        values = ", ".join(f"{record.metric} {record.value:.4f}" for record in evaluation.records)
         print(f"evaluation at kimg {progress['kimg']:.1f}: {values}", flush=True)
 
 
@@ -145,7 +145,7 @@ class WeightsAndBiases(Tracker):
             id_file.write_text(secrets.token_hex(4))
         mode = config.tracking.wandb
         if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+            mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
         options = {
             "project": config.tracking.wandb_project,
             "name": config.run_dir.name,
@@ -186,6 +186,17 @@ class WeightsAndBiases(Tracker):
 
     def finish(self) -> None:
         self._run.finish()
+
+
+def evaluation_table(evaluation: Evaluation, class_names: list[str]) -> str:
+    """The values, and the class head's precision, recall and F1 on each class of the held-out images."""
+    lines = [f"{record.metric:<28} {record.value:.4f}" for record in evaluation.records]
+    if report := evaluation.report:
+        width = max(len(name) for name in (*class_names, "class"))
+        lines.append(f"\n{'class':<{width}}  precision  recall      f1")
+        rows = zip(class_names, report.precision, report.recall, report.f1, strict=True)
+        lines += [f"{name:<{width}}  {p:9.4f}  {r:6.4f}  {f1:6.4f}" for name, p, r, f1 in rows]
+    return "\n".join(lines)
 
 
 def sample_grid(images: torch.Tensor, columns: int) -> Image.Image:

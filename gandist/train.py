@@ -6,10 +6,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gandist.config import Config, load_config
+from gandist import checkpoint
+from gandist.config import RUN_CONFIG, Config, load_config
 from gandist.distributed import World, join_world, run
 from gandist.tracking import EVALUATIONS, METRICS, SAMPLES
-from gandist.trainer import CHECKPOINTS, CONFIG, Trainer
+from gandist.trainer import Trainer
 
 EXAMPLES = """\
 examples:
@@ -60,7 +61,7 @@ def train(config: Config, world: World, *, fresh: bool = False) -> None:
         return
     with world.together():
         if world.is_main:
-            (run_dir / CONFIG).write_text(config.to_yaml())
+            (run_dir / RUN_CONFIG).write_text(config.to_yaml())
     say(trainer.describe() + (f"\nresumed from {resumed}" if resumed else ""))
     trainer.train()
     if not trainer.finished:
@@ -70,7 +71,7 @@ def train(config: Config, world: World, *, fresh: bool = False) -> None:
         f"finished: {run_dir}\n"
         f"  pictures     {run_dir / SAMPLES}/step-{trainer.step:08d}.png\n"
         f"  numbers      {run_dir / EVALUATIONS} and {METRICS}\n"
-        f"  checkpoints  {run_dir / CHECKPOINTS}"
+        f"  checkpoints  {run_dir / checkpoint.FOLDER}"
     )
 
 

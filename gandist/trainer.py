@@ -24,10 +24,8 @@ from gandist.models import build_discriminator, build_generator
 from gandist.objective import DiscriminatorObjective, GeneratorObjective
 from gandist.preemption import StopRequest
 from gandist.randomness import Purpose, StepRandomness, draw_latents, random_stream
-from gandist.tracking import Meter, Scalars, Tracker, open_trackers, sample_grid
+from gandist.tracking import Meter, Tracker, open_trackers, sample_grid
 
-CHECKPOINTS = "checkpoints"
-CONFIG = "config.yaml"
 SAMPLES_PER_CLASS = 10
 
 
@@ -148,17 +146,21 @@ class Trainer:
             "world_size": self.world.size,
             "data_fingerprint": self.train_set.fingerprint,
             "config": self.config.model_dump(mode="json"),
-            "versions": {"gandist": gandist.__version__, "torch": torch.__version__, "webdataset": webdataset.__version__},
+            "versions": {
+                "gandist": gandist.__version__,
+                "torch": torch.__version__,
+                "webdataset": webdataset.__version__,
+            },
         }
-        folder = self.config.run_dir / CHECKPOINTS
-        checkpoint.save(folder, self.step, self.state_dict(), meta, self.world, keep=self.config.checkpoint.keep)
+        config = self.config
+        checkpoint.save(config.run_dir, self.step, self.state_dict(), meta, self.world, keep=config.checkpoint.keep)
 
     def resume(self) -> Path | None:
         """Goes on from the newest checkpoint, if there is one, and returns it.
 
         Raises CheckpointError if all are damaged, or if the newest is of another run: other networks, data or seed.
         """
-        path = checkpoint.newest(self.config.run_dir / CHECKPOINTS, self.world)
+        path = checkpoint.newest(self.config.run_dir, self.world)
         if path is None:
             return None
         meta = checkpoint.read_meta(path)
@@ -215,12 +217,11 @@ class Trainer:
     def _log(self, trackers: list[Tracker]) -> None:
         values = self.meter.read()
         if bad := [name for name, value in values.items() if not np.isfinite(value)]:
-            error = TrainingError(
+            raise TrainingError(
                 f"{', '.join(bad)} not finite at step {self.step} (kimg {self.images / 1000:.1f}): the last checkpoint "
-                "is from before; lower the learning rates, or use train.precision=float32"
+                "is from before; lower the learning rates, or use train.precision=float32",
+                on_every_rank=True,
             )
-            error.on_every_rank = True
-            raise error
         seconds = time.perf_counter() - self.interval_start
         values |= {
             "throughput/images_per_second": (self.images - self.interval_images) / seconds,
@@ -257,12 +258,11 @@ class Trainer:
         keys = ("resolution", "channels", "num_classes", "shuffle_block")
         compared |= {f"data.{key}": (saved["data"][key], now["data"][key]) for key in keys}
         if changed := [f"  {key}: {old} there, {new} now" for key, (old, new) in compared.items() if old != new]:
-            error = CheckpointError(
+            raise CheckpointError(
                 f"{path} is of another run:\n" + "\n".join(changed) + "\ngo back to its settings, choose another "
-                "run_dir, or start over with --fresh"
+                "run_dir, or start over with --fresh",
+                on_every_rank=True,
             )
-            error.on_every_rank = True
-            raise error
 
 
 def _check_batch_size(config: Config, world: World) -> None:

@@ -50,13 +50,14 @@ def _image_format(config: DataConfig) -> ImageFormat:
 
 
 def _built_in_digits(spec: str, config: DataConfig, world: World) -> str:
-    from gandist.data.pack import DIGITS_SHARDS, pack_digits  # here, as `python -m gandist.data.pack` imports this package
+    # Imported here, as `python -m gandist.data.pack` imports this package first.
+    from gandist.data.pack import DIGITS_SHARDS, pack_digits
 
     split = spec.removeprefix(BUILT_IN)
     if split not in DIGITS_SHARDS:
-        error = DataError(f"no built-in data '{spec}': there are {', '.join(BUILT_IN + name for name in DIGITS_SHARDS)}")
-        error.on_every_rank = True
-        raise error
+        raise DataError(
+            f"no built-in data '{spec}': there are {', '.join(BUILT_IN + name for name in DIGITS_SHARDS)}", on_every_rank=True
+        )
     folder = config.cache_dir / f"digits-{config.resolution}"
     with world.together():
         if world.local_rank == 0 and not folder.exists():

@@ -1,8 +1,7 @@
 """Positions → batches of decoded images, through webdataset's pipeline and worker processes."""
 
-import atexit
 import io
-import multiprocessing
+import multiprocessing.util
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -102,6 +101,8 @@ def load_batches(
     """Decoded batches in the order of `batches`. Raises DataError for an image that cannot be used."""
     pipeline = wds.DataPipeline(_Source(dataset, batches), wds.map(partial(_decode_batch, image_format=image_format)))
     workers = {"prefetch_factor": PREFETCHED_BATCHES, "worker_init_fn": _init_worker} if num_workers else {}
+    if num_workers:
+        multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
     loader = wds.WebLoader(pipeline, batch_size=None, num_workers=num_workers, pin_memory=pin_memory, **workers)
     for batch in loader:
         # Workers pass errors as values: an exception would arrive with its text buried in the worker's traceback.
@@ -115,9 +116,8 @@ def _init_worker(worker: int) -> None:
     ignore_signals()
 
 
-@atexit.register
 def _end_workers() -> None:
-    """At exit multiprocessing terminates its daemons and waits for them; ours ignore SIGTERM."""
+    """At exit multiprocessing terminates its daemons and waits for them for ever; ours ignore SIGTERM."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their end as a failure
     for process in multiprocessing.active_children():
         if process.daemon:

@@ -48,9 +48,9 @@ class SampleOrder:
         if self._epoch is None or self._epoch[0] != epoch:
             order = permutation(len(self._sizes), self._seed, epoch, _SHARD_ORDER)
             ends = np.cumsum(self._sizes[order])
-            block_ends = ends[np.arange(self._block_shards, len(ends) + self._block_shards, self._block_shards).clip(
-                max=len(ends)
-            ) - 1]
+            block_ends = ends[
+                np.arange(self._block_shards, len(ends) + self._block_shards, self._block_shards).clip(max=len(ends)) - 1
+            ]
             self._epoch = epoch, order, np.concatenate([[0], block_ends])
         return self._epoch[1:]
 

@@ -51,6 +51,9 @@ class ShardDataset:
         self._table = np.concatenate(tables)
         self._files: OrderedDict[int, int] = OrderedDict()
 
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_files": OrderedDict()}  # descriptors mean nothing in another process
+
     def __len__(self) -> int:
         return len(self._table)
 
@@ -76,7 +79,10 @@ class ShardDataset:
         shard = int(np.searchsorted(self._ends, sample, "right"))
         offset, size, label = self._table[sample].tolist()
         path = self.paths[shard]
-        image = os.pread(self._open(shard), size, offset)
+        try:
+            image = os.pread(self._open(shard), size, offset)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
         if len(image) < size:
             raise DataError(f"{path}: ends before byte {offset + size}, it was changed since it was indexed: restore it")
         return RawSample(image, label, path, offset)
@@ -87,10 +93,7 @@ class ShardDataset:
             return self._files[shard]
         if len(self._files) == _OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
-        try:
-            descriptor = os.open(self.paths[shard], os.O_RDONLY)
-        except OSError as error:
-            raise DataError(f"{self.paths[shard]}: cannot be opened: {error.strerror}") from error
+        descriptor = os.open(self.paths[shard], os.O_RDONLY)
         self._files[shard] = descriptor
         return descriptor
 

@@ -88,9 +88,7 @@ class Evaluator:
         self.judged_by = {"extractor": DIGITS_JUDGE, "weights_sha256": weights_sha256(DIGITS_JUDGE)}
         with torch.no_grad(), _full_float32():
             self.real_moments = self._judge_moments(self.train_set)
-            self.held_out_distance = self.test_set and frechet_distance(
-                self.real_moments, self._judge_moments(self.test_set)
-            )
+            self.held_out_distance = self.test_set and frechet_distance(self.real_moments, self._judge_moments(self.test_set))
 
     def _judge_moments(self, dataset: ShardDataset) -> Moments:
         moments = Moments(self.judge.num_features)

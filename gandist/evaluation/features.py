@@ -3,6 +3,7 @@
 import hashlib
 import io
 from importlib.resources import files
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +30,7 @@ class DigitsJudge(nn.Module):
         super().__init__()
         widths = [1, 32, 32, 64, 64]
         self.convolutions = nn.ModuleList(
-            nn.Conv2d(before, after, 3, padding=1, bias=False) for before, after in zip(widths, widths[1:], strict=False)
+            nn.Conv2d(before, after, 3, padding=1, bias=False) for before, after in pairwise(widths)
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths[1:])
         self.classifier = nn.Linear(self.num_features, self.num_classes)

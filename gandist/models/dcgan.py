@@ -4,6 +4,8 @@ The generator has conditional batch norm; the discriminator has spectral norm (M
 batch norm, so that gradient penalties are allowed.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -57,8 +59,7 @@ class DCGANTrunk(nn.Module):
         widths = stage_widths(width, resolution)
         self.from_image = spectral_norm(nn.Conv2d(channels, widths[0], 3, padding=1))
         self.downsamplings = nn.ModuleList(
-            spectral_norm(nn.Conv2d(before, after, 4, stride=2, padding=1))
-            for before, after in zip(widths, widths[1:], strict=False)
+            spectral_norm(nn.Conv2d(before, after, 4, stride=2, padding=1)) for before, after in pairwise(widths)
         )
         self.features = widths[-1]
 

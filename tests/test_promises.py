@@ -1,0 +1,110 @@
+"""Promises 1 and 2 of a whole run: it does not depend on the number of ranks, and a resume is exact."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from gandist import checkpoint
+from gandist.train import main
+from tests.ranks import run_ranks
+
+BATCH_SIZE = 16
+STEPS = 20
+KIMG = BATCH_SIZE * STEPS / 1000
+LOSSES = ("loss/", "penalty/", "logits/", "classification/")
+
+
+def train(run_dir: Path, cache_dir: Path, world_size: int, *overrides: str) -> None:
+    """A short run in float64 with everything that couples ranks: synchronized batch norm, R1, both players, the EMA."""
+    arguments = [
+        f"run_dir={run_dir}",
+        f"data.cache_dir={cache_dir}",
+        f"train.kimg={KIMG}",
+        f"train.batch_size={BATCH_SIZE}",
+        "train.precision=float64",
+        "loss.r1_gamma=1.0",
+        "model.generator_width=4",
+        "model.discriminator_width=4",
+        f"tracking.every_kimg={BATCH_SIZE / 1000}",
+        f"checkpoint.every_kimg={KIMG / 2}",
+        "evaluation.num_images=300",
+        "tracking.wandb=off",
+    ]
+    run_ranks(world_size, main, [*arguments, *overrides])
+
+
+def final_state(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint, by name."""
+    file = run_dir / "state.pt"
+    dcp_to_torch_save(checkpoint.complete_steps(run_dir)[-1], file)
+    return dict(flatten(torch.load(file, weights_only=True)))
+
+
+def flatten(tree: dict, prefix: str = ""):
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}/")
+        else:
+            yield prefix + name, value
+
+
+def rows(run_dir: Path, file: str) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / file).read_text().splitlines()]
+
+
+def logged_losses(run_dir: Path) -> list[list[float]]:
+    """One row a step."""
+    logged = rows(run_dir, "metrics.jsonl")
+    assert [row["step"] for row in logged] == list(range(1, STEPS + 1))
+    return [[value for name, value in row.items() if name.startswith(LOSSES)] for row in logged]
+
+
+def evaluations(run_dir: Path) -> list[float]:
+    return [row["value"] for row in rows(run_dir, "evaluations.jsonl") if "n_real" in row and row["step"] == STEPS]
+
+
+def assert_same_run(a: Path, b: Path, tolerance: float) -> None:
+    state_a, state_b = final_state(a), final_state(b)
+    assert state_a.keys() == state_b.keys()
+    assert {name.split("/")[0] for name in state_a} == {"generator", "discriminator", "generator_ema"}
+    for name, tensor in state_a.items():
+        difference = (tensor - state_b[name]).abs().max().item()
+        assert difference <= tolerance, f"{name} differs by {difference}"
+    torch.testing.assert_close(logged_losses(a), logged_losses(b), rtol=0, atol=tolerance)
+    torch.testing.assert_close(evaluations(a), evaluations(b), rtol=0, atol=max(tolerance, 0))
+
+
+HEADS = {
+    "projection": ("model.conditioning=projection", "loss.adversarial=hinge"),
+    "auxiliary": ("model.conditioning=auxiliary", "loss.adversarial=non_saturating"),
+    "accumulated": ("train.accumulation=2", "train.discriminator_updates=1"),
+}
+
+
+@pytest.mark.parametrize("settings", HEADS)
+def test_one_two_and_four_ranks_learn_the_same(tmp_path: Path, cache_dir: Path, settings: str) -> None:
+    for world_size in (1, 2, 4):
+        train(tmp_path / str(world_size), cache_dir, world_size, *HEADS[settings])
+    assert_same_run(tmp_path / "1", tmp_path / "2", 1e-9)
+    assert_same_run(tmp_path / "1", tmp_path / "4", 1e-9)
+
+
+def test_resume_is_exact(tmp_path: Path, cache_dir: Path) -> None:
+    straight, halfway = tmp_path / "straight", f"train.kimg={KIMG / 2}"
+    train(straight, cache_dir, 2)
+    for world_size in (2, 1, 4):
+        resumed = tmp_path / f"then-{world_size}"
+        train(resumed, cache_dir, 2, halfway)
+        train(resumed, cache_dir, world_size)
+        assert_same_run(straight, resumed, 0 if world_size == 2 else 1e-9)
+
+
+def test_weights_have_moved_and_the_seed_matters(tmp_path: Path, cache_dir: Path) -> None:
+    """The comparisons above can fail."""
+    train(tmp_path / "a", cache_dir, 1)
+    train(tmp_path / "b", cache_dir, 1, "seed=1")
+    with pytest.raises(AssertionError, match="differs"):
+        assert_same_run(tmp_path / "a", tmp_path / "b", 1e-3)
