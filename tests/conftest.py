@@ -1,9 +1,11 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from gandist.data.pack import pack_digits
+from gandist.distributed import World, join_world
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,3 +19,10 @@ def cache_dir(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     pack_digits(folder / "digits-16")
     return folder
+
+
+@pytest.fixture(scope="session")
+def world() -> Iterator[World]:
+    """This process as a world of one rank."""
+    with join_world() as world:
+        yield world

@@ -140,7 +140,10 @@ def _decode(sample: RawSample, image_format: ImageFormat) -> torch.Tensor:
     encoded = torch.frombuffer(bytearray(sample.image), dtype=torch.uint8)
     try:
         image = decode_image(encoded, ImageReadMode.GRAY if grey else ImageReadMode.RGB).permute(1, 2, 0)
+        fits = image.shape[2] == image_format.channels  # of WebP, decode_image makes no grey
     except RuntimeError:
+        fits = False
+    if not fits:
         image = _decode_with_pil(sample, "L" if grey else "RGB")
     height, width, _ = image.shape
     if (height, width) != (image_format.resolution,) * 2:
@@ -152,9 +155,11 @@ def _decode(sample: RawSample, image_format: ImageFormat) -> torch.Tensor:
 
 
 def _decode_with_pil(sample: RawSample, mode: str) -> torch.Tensor:
-    """For the formats that the fast decoders refuse, such as CMYK JPEG."""
+    """For the formats that the fast decoders refuse, or do not convert."""
     try:
         with Image.open(io.BytesIO(sample.image)) as image:
+            if image.mode.startswith(("I", "F")):
+                raise DataError(f"{sample}: {image.mode} pixels, which are not 8 bits a channel: convert them to 8 bits")
             return torch.from_numpy(np.array(image.convert(mode))).reshape(image.height, image.width, -1)
     except (UnidentifiedImageError, OSError, ValueError) as error:
         raise DataError(f"{sample}: the image cannot be decoded ({error}): replace it") from error

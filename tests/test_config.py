@@ -1,0 +1,77 @@
+from pathlib import Path
+
+import pytest
+
+from gandist.config import Config, load_config
+from gandist.errors import ConfigError
+from tests.ranks import ROOT
+
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_is_valid_and_says_how_to_use_it(path: Path) -> None:
+    load_config(path)
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(f"--config configs/{path.name}" in line for line in header)
+
+
+def test_digits_is_the_default() -> None:
+    assert load_config(ROOT / "configs" / "digits.yaml") == Config()
+
+
+def test_print_round_trip(tmp_path: Path) -> None:
+    config = load_config(None, ["train.kimg=5", "data.train=[a.tar, b.tar]", "tracking.wandb=off"])
+    file = tmp_path / "config.yaml"
+    file.write_text(config.to_yaml())
+    assert load_config(file) == config
+
+
+def test_overrides_are_typed() -> None:
+    config = load_config(None, ["optimizer.generator_lr=1e-4", "data.test=null", "evaluation.metrics=[]", "run_dir=a=b"])
+    assert config.optimizer.generator_lr == 1e-4
+    assert config.data.test is None
+    assert config.run_dir == Path("a=b")
+
+
+def test_all_mistakes_are_shown_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text("train:\n  batch_sise: 32\n  kimg: true\nmodle:\n  family: dcgan\nloss: {adversarial: hing}\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(file, ["data.num_workers=-1", "kimg=5", "seed.x=3", "--fast"])
+    expected = [
+        f"{file}: 8 mistake(s)",
+        "train.batch_sise: unknown key, did you mean 'train.batch_size'?",
+        "train.kimg: a number is wanted, not true or false",
+        "modle: unknown key, did you mean 'model'?",
+        "loss.adversarial: 'hing' is not one of hinge, non_saturating; did you mean 'hinge'?",
+        "data.num_workers: Input should be greater than or equal to 0 (got -1)",
+        "kimg: unknown key, did you mean 'train.kimg'?",
+        "seed: Input should be a valid integer",
+        "'--fast': an override is written key=value",
+    ]
+    for line in expected:
+        assert line in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("train: {kimg: 1, kimg: 2}", "key written twice: kimg"),
+        ("train: [", "is not valid YAML"),
+        ("- train", "sections are wanted"),
+        ("train: 3", "a section is wanted here"),
+        ("train: {batch_size: 10, accumulation: 3}", "accumulation=3 does not divide batch_size=10"),
+        ("data: {test: null}", "'accuracy', which needs data.test"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(file)
+
+
+def test_missing_file() -> None:
+    with pytest.raises(ConfigError, match=r"cannot read the configuration no/such\.yaml: No such file"):
+        load_config("no/such.yaml")

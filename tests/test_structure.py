@@ -1,0 +1,76 @@
+"""The house is in order: imports point upwards only, the source is clean."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import ROOT, run_command
+
+# A module imports only from rows above its own. `errors`, `config` and `distributed` may be imported anywhere.
+ROWS = [
+    "gandist",
+    "gandist.errors",
+    "gandist.config",
+    "gandist.distributed",
+    "gandist.preemption",
+    "gandist.data.order",
+    "gandist.data.shards",
+    "gandist.data.loader",
+    "gandist.data.pack",
+    "gandist.data",
+    "gandist.models.layers",
+    "gandist.models.dcgan",
+    "gandist.models.heads",
+    "gandist.models",
+    "gandist.losses",
+    "gandist.penalties",
+    "gandist.randomness",
+    "gandist.ema",
+    "gandist.objective",
+    "gandist.engine",
+    "gandist.checkpoint",
+    "gandist.evaluation",
+    "gandist.evaluation.features",
+    "gandist.evaluation.frechet",
+    "gandist.evaluation.classification",
+    "gandist.evaluation.evaluator",
+    "gandist.evaluation.judge",
+    "gandist.tracking",
+    "gandist.trainer",
+    "gandist.train",
+    "gandist.evaluate",
+]
+MODULES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in (ROOT / "gandist").rglob("*.py")
+}
+
+
+def test_every_module_has_its_row() -> None:
+    assert sorted(MODULES) == sorted(ROWS)
+
+
+@pytest.mark.parametrize("module", ROWS)
+def test_imports_point_upwards(module: str) -> None:
+    for imported in _imports(MODULES[module]):
+        assert ROWS.index(imported) < ROWS.index(module), f"{module} imports {imported}, which is below it"
+
+
+def _imports(path: Path) -> set[str]:
+    """The gandist modules a file imports, at its top or inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= modules & MODULES.keys() or {node.module}
+    return {name for name in found if name in MODULES}
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)
+def test_ruff(command: list[str]) -> None:
+    result = run_command(sys.executable, "-m", "ruff", *command, ".")
+    assert result.returncode == 0, result.stdout + result.stderr
