@@ -43,7 +43,8 @@ def save(run_dir: Path, step: int, state: dict[str, Any], meta: dict[str, Any], 
     partial = folder / f".tmp-{final.name}"
     with world.together():
         if world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
+            for unfinished in folder.glob(".tmp-*"):
+                shutil.rmtree(unfinished)
             partial.mkdir(parents=True)
             (partial / META).write_text(json.dumps(meta, indent=2) + "\n")
     try:
@@ -52,14 +53,15 @@ def save(run_dir: Path, step: int, state: dict[str, Any], meta: dict[str, Any], 
         raise CheckpointError(
             f"cannot save {final}: {_root_cause(error)}. The checkpoints before it are intact", on_every_rank=True
         ) from error
+    written = world.broadcast(sorted(path.name for path in partial.iterdir()) if world.is_main else None)
     with world.together():
-        written = sorted(path.name for path in partial.iterdir())
         sums = {name: _sha256(partial / name) for name in written[world.rank :: world.size]}
     sums = {name: digest for part in world.gather(sums) for name, digest in part.items()}
     with world.together():
         if world.is_main:
             _write_synced(partial / SUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
             _sync(partial / META)
+            _sync(partial)
             if final.exists():
                 shutil.rmtree(final)
             partial.rename(final)
@@ -94,15 +96,28 @@ def newest(run_dir: Path, world: World) -> Path | None:
 
 def verify(path: Path, world: World) -> str | None:
     """What is wrong with a checkpoint, or None. The ranks share the work."""
+    expected, damage = world.broadcast(_read_sums(path) if world.is_main else None)
+    if damage:
+        return damage
+    names = sorted(expected)[world.rank :: world.size]
+    with world.together():
+        try:
+            wrong = [name for name in names if _sha256(path / name) != expected[name]]
+        except FileNotFoundError as error:  # rank 0 saw it
+            raise CheckpointError(
+                f"{error.filename} is not there on rank {world.rank}: all nodes must share run_dir"
+            ) from error
+    return next((f"{path / name} does not match {SUMS}" for names in world.gather(wrong) for name in names), None)
+
+
+def _read_sums(path: Path) -> tuple[dict[str, str], str | None]:
+    """File names → SHA-256, and what is missing, if anything."""
     try:
-        lines = (path / SUMS).read_text().splitlines()
-        expected = dict(reversed(line.split("  ", 1)) for line in lines)
-        names = sorted(expected)[world.rank :: world.size]
-        wrong = [name for name in names if _sha256(path / name) != expected[name]]
-        damage = f"{path / wrong[0]} does not match {SUMS}" if wrong else None
+        sums = dict(reversed(line.split("  ", 1)) for line in (path / SUMS).read_text().splitlines())
     except (OSError, ValueError) as error:
-        damage = f"{path} cannot be verified: {error}"
-    return next((each for each in world.gather(damage) if each), None)
+        return {}, f"{path / SUMS} cannot be read: {error}"
+    missing = [name for name in {META, ".metadata", *sums} if name not in sums or not (path / name).exists()]
+    return sums, f"{path} is not whole: no {missing[0]}" if missing else None
 
 
 def load(path: Path, state: dict[str, Any], world: World) -> None:

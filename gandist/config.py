@@ -23,9 +23,11 @@ Integer = Annotated[int, BeforeValidator(_refuse_bool)]
 Number = Annotated[float, BeforeValidator(_refuse_bool), Field(allow_inf_nan=False)]
 Count = Annotated[Integer, Field(ge=1)]
 Positive = Annotated[Number, Field(gt=0)]
+Interval = Annotated[Number, Field(ge=0.001)]
 NotNegative = Annotated[Number, Field(ge=0)]
 ExpandedPath = Annotated[Path, AfterValidator(Path.expanduser)]
 ShardSpec = str | tuple[str, ...]
+BUILT_IN = "digits:"  # begins the names of the built-in data
 
 
 class Section(BaseModel):
@@ -39,7 +41,7 @@ class DataConfig(Section):
     test: ShardSpec | None = "digits:test"  # held-out images for the class head's accuracy
     resolution: Count = 16  # pixels; images are square
     channels: Literal[1, 3] = 1  # 1: grey, 3: RGB
-    num_classes: Count = 10
+    num_classes: Annotated[Integer, Field(ge=2)] = 10
     num_workers: Annotated[Integer, Field(ge=0)] = 1  # decoding processes a rank
     shuffle_block: Annotated[Integer, Field(ge=0)] = 0  # shards shuffled together; 0: all
     cache_dir: ExpandedPath = Field(Path("~/.cache/gandist"), validate_default=True)  # shard indices, built-in data
@@ -105,22 +107,22 @@ Metric = Literal["accuracy", "fd_classifier", "gan_test"]
 class EvaluationConfig(Section):
     """What is measured, and when. It is always measured at the end."""
 
-    every_kimg: Positive = 20.0
+    every_kimg: Interval = 20.0
     metrics: tuple[Metric, ...] = ("accuracy", "fd_classifier", "gan_test")
-    num_images: Count | None = None  # generated images; null: as many as the training set has
+    num_images: Annotated[Integer, Field(ge=2)] | None = None  # generated images; null: as many as the training set has
     batch_size: Count = 256  # images a forward pass of one rank; part of the protocol, like the seed
 
 
 class CheckpointConfig(Section):
-    every_kimg: Positive = 10.0
+    every_kimg: Interval = 10.0
     keep: Annotated[Integer, Field(ge=2)] = 2  # the newest so many; two at least, should the newest be damaged
 
 
 class TrackingConfig(Section):
     """Console, metrics.jsonl, sample grids and Weights & Biases."""
 
-    every_kimg: Positive = 2.0
-    samples_every_kimg: Positive = 20.0
+    every_kimg: Interval = 2.0
+    samples_every_kimg: Interval = 20.0
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online with a key, else offline
     wandb_project: str = "gandist"
 
@@ -149,9 +151,21 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     @model_validator(mode="after")
-    def _accuracy_needs_a_test_set(self) -> "Config":
-        if "accuracy" in self.evaluation.metrics and self.data.test is None:
+    def _metrics_fit_the_data(self) -> "Config":
+        metrics = set(self.evaluation.metrics)
+        if "accuracy" in metrics and self.data.test is None:
             raise ValueError("evaluation.metrics has 'accuracy', which needs data.test: name held-out shards or drop it")
+        if not _is_built_in(self.data.train):
+            if _is_built_in(self.data.test):
+                raise ValueError(
+                    "data.test is the built-in digits but data.train is not: name held-out shards of the same data, or "
+                    "say data.test=null and leave 'accuracy' out of evaluation.metrics"
+                )
+            if judged := metrics & {"fd_classifier", "gan_test"}:
+                raise ValueError(
+                    f"evaluation.metrics has {', '.join(sorted(judged))}, whose judge knows only the built-in digits: "
+                    "with your own data say evaluation.metrics=[accuracy]"
+                )
         return self
 
     def to_yaml(self) -> str:
@@ -168,11 +182,15 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
     try:
         config = Config.model_validate(values)
     except ValidationError as error:
-        mistakes += [_explain(entry) for entry in error.errors()]
+        mistakes += dict.fromkeys(_explain(entry) for entry in error.errors())
     if mistakes:
         lines = "\n".join(f"  {mistake}" for mistake in mistakes)
         raise ConfigError(f"{path or 'configuration'}: {len(mistakes)} mistake(s)\n{lines}")
     return config
+
+
+def _is_built_in(spec: ShardSpec | None) -> bool:
+    return isinstance(spec, str) and spec.startswith(BUILT_IN)
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -216,11 +234,14 @@ def _apply_override(values: dict, override: str) -> str | None:
 
 
 def _explain(entry: dict) -> str:
-    path = ".".join(str(part) for part in entry["loc"])
+    # Parts in brackets or named like types are pydantic's names for the members of a union.
+    path = ".".join(str(part) for part in entry["loc"] if part != "str" and "[" not in str(part))
     if entry["type"] == "extra_forbidden":
         nearest = _nearest_key(path)
         return f"{path}: unknown key" + (f", did you mean '{nearest}'?" if nearest else "")
     message = entry["msg"].removeprefix("Value error, ")
+    if entry["loc"][-1:] in [("str",), ("tuple[str, ...]",)]:
+        message = "a text, or a list of texts, is wanted"
     if entry["type"] == "literal_error":
         expected = entry["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
         nearest = difflib.get_close_matches(str(entry["input"]), expected, n=1)

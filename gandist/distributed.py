@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
-from gandist.errors import GandistError
+from gandist.errors import ConfigError, GandistError
 
 TIMEOUT = timedelta(minutes=10)
 _LOST_PEER = "Connection closed by peer", "Connection reset by peer"
@@ -35,9 +36,6 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
-
-    def barrier(self) -> None:
-        dist.barrier(self.control)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
@@ -64,12 +62,10 @@ class World:
         try:
             yield
         except (GandistError, OSError) as error:
-            failure = error if isinstance(error, GandistError) else GandistError(str(error))
+            failure = error if isinstance(error, GandistError) else GandistError(_explain(error))
         failures = [error for error in self.gather(failure) if error is not None]
         if failures:
-            error = type(failures[0])("\n".join(dict.fromkeys(str(each) for each in failures)))
-            error.on_every_rank = True
-            raise error from failure
+            raise type(failures[0])("\n".join(dict.fromkeys(map(str, failures))), on_every_rank=True) from failure
 
 
 @contextmanager
@@ -80,6 +76,8 @@ def join_world() -> Iterator[World]:
     size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(f"{local_rank + 1} processes or more but {torch.cuda.device_count()} GPU(s): start one a GPU")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
@@ -110,6 +108,8 @@ def run(main: Callable[[], None]) -> None:
             main()
         except GandistError as error:
             _fail(str(error), on_every_rank=error.on_every_rank)
+        except OSError as error:
+            _fail(_explain(error))
         except RuntimeError as error:
             if not any(sign in str(error) for sign in _LOST_PEER):
                 raise
@@ -120,7 +120,13 @@ def run(main: Callable[[], None]) -> None:
 
 def _fail(message: str, *, on_every_rank: bool = False) -> None:
     rank = os.environ.get("RANK", "0")
-    if rank == "0" or not on_every_rank:
-        where = f" (rank {rank})" if "RANK" in os.environ and not on_every_rank else ""
-        print(f"error{where}: {message}", file=sys.stderr, flush=True)
+    if on_every_rank and rank != "0":
+        time.sleep(10)  # the launcher ends all ranks when the first one ends: that shall be rank 0, which speaks
+        sys.exit(1)
+    where = f" (rank {rank})" if "RANK" in os.environ and not on_every_rank else ""
+    print(f"error{where}: {message}", file=sys.stderr, flush=True)
     sys.exit(1)
+
+
+def _explain(error: OSError) -> str:
+    return f"{error.filename or 'a file'}: {error.strerror or error}"

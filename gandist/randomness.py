@@ -45,7 +45,7 @@ class StepRandomness:
         """Latents float32 [B / world_size, Z] and labels int64 [B / world_size] of one update of a step."""
         stream = random_stream(self.seed, purpose, step, update)
         latents = draw_latents(stream, self.batch_size, self.latent_dim)
-        ranks_of_samples = stream.integers(self.class_counts.sum(), size=self.batch_size)
-        labels = np.searchsorted(np.cumsum(self.class_counts), ranks_of_samples, "right")
+        samples = stream.integers(self.class_counts.sum(), size=self.batch_size)  # of the training set, sorted by class
+        labels = np.searchsorted(np.cumsum(self.class_counts), samples, "right")
         mine = slice(self.rank, None, self.world_size)
         return latents[mine], torch.from_numpy(labels[mine])

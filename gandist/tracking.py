@@ -143,9 +143,6 @@ class WeightsAndBiases(Tracker):
         id_file = config.run_dir / "wandb_id"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(4))
-        mode = config.tracking.wandb
-        if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
         options = {
             "project": config.tracking.wandb_project,
             "name": config.run_dir.name,
@@ -156,6 +153,9 @@ class WeightsAndBiases(Tracker):
             "settings": wandb.Settings(silent=True, console="off", init_timeout=30, finish_timeout=10),
         }
         try:
+            mode = config.tracking.wandb
+            if mode == "auto":
+                mode = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
             self._run = wandb.init(mode=mode, **options)
         except wandb.Error as error:
             print(f"warning: W&B cannot be reached ({' '.join(str(error).split())}); it goes on offline", flush=True)

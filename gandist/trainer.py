@@ -27,6 +27,7 @@ from gandist.randomness import Purpose, StepRandomness, draw_latents, random_str
 from gandist.tracking import Meter, Tracker, open_trackers, sample_grid
 
 SAMPLES_PER_CLASS = 10
+GRID_CLASSES = 32
 
 
 class Trainer:
@@ -100,7 +101,8 @@ class Trainer:
                 self.train_step(batches)
                 stopping = stop.agreed()
                 saving = self.finished or stopping or self._due(config.checkpoint.every_kimg)
-                if saving or self._due(config.tracking.every_kimg):
+                logging = saving or self._due(config.tracking.every_kimg)
+                if logging:
                     self._log(trackers)
                 if self.finished or self._due(config.tracking.samples_every_kimg):
                     self._draw_samples(trackers)
@@ -108,6 +110,8 @@ class Trainer:
                     self._evaluate(trackers)
                 if saving:
                     self.save()
+                if logging:
+                    self._start_interval()
         for tracker in trackers:
             tracker.finish()
 
@@ -139,7 +143,8 @@ class Trainer:
         }
 
     def save(self) -> None:
-        """Writes a checkpoint. Raises CheckpointError where that fails."""
+        """Writes a checkpoint. Raises CheckpointError where that fails, TrainingError rather than save what is broken."""
+        self._refuse_non_finite()
         meta = {
             **self.progress,
             "images": self.images,
@@ -217,11 +222,7 @@ class Trainer:
     def _log(self, trackers: list[Tracker]) -> None:
         values = self.meter.read()
         if bad := [name for name, value in values.items() if not np.isfinite(value)]:
-            raise TrainingError(
-                f"{', '.join(bad)} not finite at step {self.step} (kimg {self.images / 1000:.1f}): the last checkpoint "
-                "is from before; lower the learning rates, or use train.precision=float32",
-                on_every_rank=True,
-            )
+            raise self._diverged(", ".join(bad))
         seconds = time.perf_counter() - self.interval_start
         values |= {
             "throughput/images_per_second": (self.images - self.interval_images) / seconds,
@@ -230,13 +231,13 @@ class Trainer:
         }
         for tracker in trackers:
             tracker.scalars(self.progress, values)
-        self._start_interval()
 
     def _draw_samples(self, trackers: list[Tracker]) -> None:
-        """One row a class, always of the same latents."""
+        """One row a class, of the first GRID_CLASSES, always of the same latents."""
         if not trackers:
             return
-        labels = torch.arange(self.config.data.num_classes, device=self.world.device).repeat_interleave(SAMPLES_PER_CLASS)
+        classes = torch.arange(min(self.config.data.num_classes, GRID_CLASSES), device=self.world.device)
+        labels = classes.repeat_interleave(SAMPLES_PER_CLASS)
         stream = random_stream(self.config.seed, Purpose.SAMPLES)
         latents = draw_latents(stream, len(labels), self.config.model.latent_dim)
         with torch.no_grad():
@@ -249,6 +250,19 @@ class Trainer:
         evaluation = self.evaluator(self.ema.module, self.discriminator.network, **self.progress)
         for tracker in trackers:
             tracker.evaluation(self.progress, evaluation)
+
+    def _refuse_non_finite(self) -> None:
+        for name in ("generator", "discriminator"):
+            parameters = getattr(self, name).network.parameters()
+            if not torch.stack([parameter.isfinite().all() for parameter in parameters]).all():
+                raise self._diverged(f"the {name}'s weights are")
+
+    def _diverged(self, what: str) -> TrainingError:
+        return TrainingError(
+            f"{what} not finite at step {self.step} (kimg {self.images / 1000:.1f}): the newest checkpoint is from before; "
+            "lower the learning rates, or use train.precision=float32",
+            on_every_rank=True,
+        )
 
     def _refuse_other_run(self, path: Path, meta: dict) -> None:
         saved, now = meta["config"], self.config.model_dump(mode="json")

@@ -8,6 +8,7 @@ bash launch/setup.sh
 
 gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
 processes=$((gpus > 0 ? gpus : 2))
+while ((64 % processes)); do ((processes--)); done # the default batch is 64
 ((gpus > 0)) || export OMP_NUM_THREADS=1
 export PATH="$PWD/.venv/bin:$PATH"
 torchrun --nproc_per_node="$processes" -m gandist.train "$@"
@@ -16,7 +17,7 @@ cat <<END
 
 Next, after '. .venv/bin/activate':
   torchrun --nproc_per_node=$processes -m gandist.train train.kimg=200
-      goes on from the checkpoint to twice the length
+      goes on from the checkpoint to 200 kimg
   torchrun --nproc_per_node=$processes -m gandist.train model.conditioning=auxiliary run_dir=runs/acgan
       trains another discriminator, an AC-GAN, beside it
   python -m gandist.evaluate runs/digits evaluation.num_images=5000

@@ -21,7 +21,10 @@ def test_digits_is_the_default() -> None:
 
 
 def test_print_round_trip(tmp_path: Path) -> None:
-    config = load_config(None, ["train.kimg=5", "data.train=[a.tar, b.tar]", "tracking.wandb=off"])
+    config = load_config(
+        None,
+        ["train.kimg=5", "data.train=[a.tar, b.tar]", "data.test=c.tar", "evaluation.metrics=[accuracy]", "tracking.wandb=off"],
+    )
     file = tmp_path / "config.yaml"
     file.write_text(config.to_yaml())
     assert load_config(file) == config
@@ -63,6 +66,9 @@ def test_all_mistakes_are_shown_at_once(tmp_path: Path) -> None:
         ("train: 3", "a section is wanted here"),
         ("train: {batch_size: 10, accumulation: 3}", "accumulation=3 does not divide batch_size=10"),
         ("data: {test: null}", "'accuracy', which needs data.test"),
+        ("data: {train: a.tar}", "data.test is the built-in digits but data.train is not"),
+        ("data: {train: a.tar, test: b.tar}", "fd_classifier, gan_test, whose judge knows only the built-in digits"),
+        ("data: {train: 5}", r"1 mistake\(s\)\n  data.train: a text, or a list of texts, is wanted \(got 5\)"),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, message: str) -> None:

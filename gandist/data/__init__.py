@@ -1,9 +1,8 @@
 """The input: shards → order → loader → `Batch`."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
-from gandist.config import DataConfig, ShardSpec
+from gandist.config import BUILT_IN, DataConfig, ShardSpec
 from gandist.data.loader import Batch, EvaluationBatches, ImageFormat, TrainingBatches, load_batches
 from gandist.data.order import SampleOrder
 from gandist.data.shards import ShardDataset, open_shards, read_info
@@ -11,8 +10,6 @@ from gandist.distributed import World
 from gandist.errors import DataError
 
 __all__ = ["Batch", "ShardDataset", "class_names", "evaluation_batches", "open_dataset", "training_batches"]
-
-BUILT_IN = "digits:"
 
 
 def open_dataset(spec: ShardSpec, config: DataConfig, world: World) -> ShardDataset:
@@ -49,9 +46,9 @@ def _image_format(config: DataConfig) -> ImageFormat:
     return ImageFormat(config.resolution, config.channels)
 
 
-def _built_in_digits(spec: str, config: DataConfig, world: World) -> str:
+def _built_in_digits(spec: str, config: DataConfig, world: World) -> list[str]:
     # Imported here, as `python -m gandist.data.pack` imports this package first.
-    from gandist.data.pack import DIGITS_SHARDS, pack_digits
+    from gandist.data.pack import DIGITS_SHARDS, pack_digits, shard_names
 
     split = spec.removeprefix(BUILT_IN)
     if split not in DIGITS_SHARDS:
@@ -62,4 +59,4 @@ def _built_in_digits(spec: str, config: DataConfig, world: World) -> str:
     with world.together():
         if world.local_rank == 0 and not folder.exists():
             pack_digits(folder, config.resolution)
-    return str(Path(folder) / f"digits-{split}-*.tar")
+    return [str(folder / name) for name in shard_names(split)]

@@ -3,8 +3,8 @@
 import argparse
 import io
 import json
-import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,18 +37,24 @@ def pack_digits(folder: Path, resolution: int = 16) -> None:
     held_out[by_class[::5]] = True
     splits = {"train": shuffled[~held_out[shuffled]], "test": shuffled[held_out[shuffled]]}
 
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    partial.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
+        partial.chmod(0o755)
         info = {"name": "digits", "resolution": resolution, "channels": 1, "classes": [str(i) for i in range(10)]}
         info["splits"] = {name: _write_split(partial, name, images, labels, splits[name]) for name in splits}
         (partial / "_info.json").write_text(json.dumps(info, indent=2) + "\n")
-        partial.rename(folder)
-    except OSError:
-        if not folder.exists():  # else another process has packed the same meanwhile
-            raise
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.exists():  # else another process has packed the same meanwhile
+                raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def shard_names(split: str) -> list[str]:
+    return [f"digits-{split}-{shard:02d}.tar" for shard in range(len(DIGITS_SHARDS[split]))]
 
 
 def _digits(resolution: int) -> tuple[np.ndarray, np.ndarray]:
@@ -63,10 +69,9 @@ def _digits(resolution: int) -> tuple[np.ndarray, np.ndarray]:
 
 def _write_split(folder: Path, name: str, images: np.ndarray, labels: np.ndarray, samples: np.ndarray) -> dict:
     """Writes the shards of one split; returns its entry in `_info.json`."""
-    filenames, start = [], 0
-    for shard, size in enumerate(DIGITS_SHARDS[name]):
-        filenames.append(f"digits-{name}-{shard:02d}.tar")
-        with wds.TarWriter(str(folder / filenames[-1]), mtime=0) as writer:
+    start = 0
+    for filename, size in zip(shard_names(name), DIGITS_SHARDS[name], strict=True):
+        with wds.TarWriter(str(folder / filename), mtime=0) as writer:
             for sample in samples[start : start + size]:
                 png, cls = encode_png(images[sample]), str(labels[sample])
                 writer.write({"__key__": f"{name}-{sample:04d}", "png": png, "cls": cls})
@@ -74,7 +79,7 @@ def _write_split(folder: Path, name: str, images: np.ndarray, labels: np.ndarray
     return {
         "name": name,
         "num_samples": len(samples),
-        "filenames": filenames,
+        "filenames": shard_names(name),
         "shard_lengths": list(DIGITS_SHARDS[name]),
         "class_counts": np.bincount(labels[samples]).tolist(),
     }

@@ -3,6 +3,7 @@
 A shard is an uncompressed tar whose adjacent members `KEY.png` (or jpg, jpeg, webp) and `KEY.cls` make one sample.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from braceexpand import UnbalancedBracesError
 from webdataset.shardlists import expand_urls
 from webdataset.tariterators import base_plus_ext
 
@@ -64,7 +66,7 @@ class ShardDataset:
 
     @property
     def fingerprint(self) -> str:
-        """Identifies the content as far as names, counts and image sizes tell."""
+        """Identifies the content as far as names, counts, image sizes and labels tell."""
         digest = hashlib.sha256()
         for path, count in zip(self.paths, self.shard_sizes, strict=True):
             digest.update(f"{path.name} {count}\n".encode())
@@ -127,18 +129,21 @@ def find_shards(spec: str | Sequence[str]) -> list[Path]:
     """
     paths, missing = [], []
     for entry in [spec] if isinstance(spec, str) else spec:
-        for name in expand_urls(str(Path(entry).expanduser())):
-            path = Path(name)
-            if path.is_dir():
-                found = sorted(path.glob("*.tar"))
-            elif any(mark in path.name for mark in "*?["):
-                found = sorted(path.parent.glob(path.name))
-            else:
-                found = [path] if path.exists() else []
+        try:
+            names = expand_urls(str(Path(entry).expanduser()))
+        except UnbalancedBracesError as error:
+            raise DataError(f"{entry}: a brace is not closed: {error}") from error
+        for name in names:
+            pattern = f"{glob.escape(name)}/*.tar" if Path(name).is_dir() else name
+            found = [Path(path) for path in sorted(glob.glob(pattern))]
             paths += found
-            missing += [] if found else [f"no shard at {path}" + (": the folder has no *.tar" if path.is_dir() else "")]
+            missing += [] if found else [f"no shard at {pattern}"]
     if missing:
-        raise DataError("\n".join(missing) + "\nset data.train and data.test to your shards")
+        raise DataError("\n".join(missing) + "\nset data.train and data.test to the shards that are there, or restore these")
+    if not paths:
+        raise DataError("no shards: data.train is an empty list")
+    if repeated := sorted({str(path) for path in paths if paths.count(path) > 1}):
+        raise DataError(f"named twice: {', '.join(repeated)}: every sample is to come once an epoch")
     return paths
 
 
@@ -210,7 +215,7 @@ def _cached_scan(path: Path, cache_dir: Path) -> np.ndarray:
     cached = cache_dir / "index" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npy"
     try:
         return np.load(cached)
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         table = scan(path)
     _check_declared_count(path, len(table))
     cached.parent.mkdir(parents=True, exist_ok=True)

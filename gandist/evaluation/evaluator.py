@@ -80,10 +80,7 @@ class Evaluator:
     def _open_judge(self) -> None:
         data = self.config.data
         if (data.channels, data.num_classes) != (DigitsJudge.channels, DigitsJudge.num_classes):
-            raise ConfigError(
-                "evaluation.metrics: fd_classifier and gan_test are judged by the classifier of the built-in digits "
-                "(grey, 10 classes); with other data say evaluation.metrics=[accuracy]"
-            )
+            raise ConfigError("the judge of fd_classifier and gan_test wants data.channels=1 and data.num_classes=10")
         self.judge = load_digits_judge(self.world.device)
         self.judged_by = {"extractor": DIGITS_JUDGE, "weights_sha256": weights_sha256(DIGITS_JUDGE)}
         with torch.no_grad(), _full_float32():

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from gandist.config import DataConfig
 from gandist.data import evaluation_batches, open_dataset, training_batches
 from gandist.distributed import World, join_world, run
+from gandist.errors import ConfigError
 from gandist.evaluation.features import DigitsJudge
 
 EPOCHS = 40
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("file", type=Path, help="where the weights go")
     options = parser.parse_args(arguments)
     with join_world() as world:
+        if world.size > 1:
+            raise ConfigError("the judge is trained by one process: start it with python, not with torchrun")
         data = DataConfig()
         judge = train_judge(data, world)
         torch.save(judge.cpu().state_dict(), options.file)
