@@ -2,9 +2,11 @@
 
 import multiprocessing
 import os
+import pickle
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,25 +25,24 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    queue = _context.SimpleQueue()
-    ranks = [
-        _context.Process(target=_rank, args=(queue, rank, world_size, port, function, arguments)) for rank in range(world_size)
-    ]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(timeout)
-    hanging = [rank for rank in ranks if rank.is_alive()]
-    for rank in hanging:
-        rank.kill()
-    codes = [rank.exitcode for rank in ranks]
-    assert not hanging, f"ranks hang after {timeout} s: {codes}"
-    assert codes == [0] * world_size, f"exit codes {codes}"
-    results = dict(queue.get() for _ in ranks)
-    return [results[rank] for rank in range(world_size)]
+    with tempfile.TemporaryDirectory() as folder:
+        results = [Path(folder) / str(rank) for rank in range(world_size)]
+        shared = world_size, port, function, arguments
+        ranks = [_context.Process(target=_rank, args=(result, rank, *shared)) for rank, result in enumerate(results)]
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(timeout)
+        hanging = [rank for rank in ranks if rank.is_alive()]
+        for rank in hanging:
+            rank.kill()
+        codes = [rank.exitcode for rank in ranks]
+        assert not hanging, f"ranks hang after {timeout} s: {codes}"
+        assert codes == [0] * world_size, f"exit codes {codes}"
+        return [pickle.loads(result.read_bytes()) for result in results]
 
 
-def _rank(queue, rank: int, world_size: int, port: int, function: Callable[..., Any], arguments: tuple) -> None:
+def _rank(result: Path, rank: int, world_size: int, port: int, function: Callable[..., Any], arguments: tuple) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -53,7 +54,7 @@ def _rank(queue, rank: int, world_size: int, port: int, function: Callable[..., 
     }
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of decoding workers, as in a process that torchrun starts
-    queue.put((rank, function(*arguments)))
+    result.write_bytes(pickle.dumps(function(*arguments)))
 
 
 def torchrun(world_size: int, module: str, *arguments: str, timeout: float = 180) -> subprocess.CompletedProcess:

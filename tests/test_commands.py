@@ -1,0 +1,195 @@
+"""The commands as users type them: torchrun, real files, real errors."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.ranks import ROOT, run_command, torchrun
+
+SHORT = ["train.kimg=1", "checkpoint.every_kimg=0.5", "tracking.every_kimg=0.5", "tracking.wandb=off"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, cache_dir: Path) -> tuple[Path, subprocess.CompletedProcess]:
+    """A short run on two ranks, with W&B kept offline."""
+    run_dir = tmp_path_factory.mktemp("runs") / "short"
+    arguments = [f"run_dir={run_dir}", f"data.cache_dir={cache_dir}", *SHORT[:-1]]
+    return run_dir, torchrun(2, "gandist.train", *arguments)
+
+
+def again(run: tuple[Path, subprocess.CompletedProcess], tmp_path: Path) -> Path:
+    """A copy to go on with."""
+    return Path(shutil.copytree(run[0], tmp_path / "copy"))
+
+
+def arguments(run_dir: Path, cache_dir: Path, *overrides: str) -> list[str]:
+    return [f"run_dir={run_dir}", f"data.cache_dir={cache_dir}", *SHORT, *overrides]
+
+
+def test_eight_processes_run_to_the_end(tmp_path: Path, cache_dir: Path) -> None:
+    result = torchrun(
+        8, "gandist.train", f"run_dir={tmp_path / 'r'}", f"data.cache_dir={cache_dir}", "train.kimg=2", timeout=280
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"finished: {tmp_path / 'r'}" in result.stdout
+
+
+def test_a_run_folder_has_all_one_needs(finished) -> None:
+    run_dir, result = finished
+    assert result.returncode == 0, result.stderr
+    assert "2 rank(s) on cpu, float32" in result.stdout
+    assert re.search(r"kimg +1\.0/1 \| +\d+ img/s \| data wait +\d+% \| .* \| ETA", result.stdout)
+    assert "Traceback" not in result.stdout + result.stderr
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [8, 16]
+    assert {"kimg", "loss/discriminator", "loss/generator", "throughput/images_per_second"} <= rows[0].keys()
+    records = [json.loads(line) for line in (run_dir / "evaluations.jsonl").read_text().splitlines()]
+    assert {"eval/fd_classifier", "eval/gan_test", "classification/confusion"} <= {record["metric"] for record in records}
+    assert sum(map(sum, records[-1]["value"])) == 360
+    with Image.open(run_dir / "samples" / "step-00000016.png") as grid:
+        assert grid.size == (10 * 66 + 2, 10 * 66 + 2)
+    assert (run_dir / "config.yaml").exists()
+    assert [path.name for path in sorted((run_dir / "checkpoints").iterdir())] == ["step-00000008", "step-00000016"]
+    assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
+
+
+def test_offline_wandb_has_the_metrics(finished) -> None:
+    run_dir, _ = finished
+    (folder,) = run_dir.glob("wandb/offline-run-*")
+    result = run_command(str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(folder))
+    assert result.returncode == 0, result.stderr
+    assert (run_dir / "wandb_id").read_text() in result.stdout
+    for name in ("loss/discriminator", "eval/fd_classifier", "classification/test_top1", "samples", '"kimg"'):
+        assert name in result.stdout
+
+
+def test_a_finished_run_says_so_and_goes_on_when_asked(finished, tmp_path: Path, cache_dir: Path) -> None:
+    run_dir = again(finished, tmp_path)
+    result = torchrun(1, "gandist.train", *arguments(run_dir, cache_dir))
+    assert result.returncode == 0, result.stderr
+    assert f"{run_dir} is finished: 1.024 kimg; train.kimg=2 trains it further" in result.stdout
+    result = torchrun(4, "gandist.train", *arguments(run_dir, cache_dir, "train.kimg=2"))
+    assert result.returncode == 0, result.stderr
+    assert "resumed from" in result.stdout
+    assert "step-00000016" in result.stdout
+    steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [8, 16, 24, 32]
+
+
+def test_evaluate(finished, cache_dir: Path) -> None:
+    run_dir, trained = finished
+    result = run_command(sys.executable, "-m", "gandist.evaluate", str(run_dir), f"data.cache_dir={cache_dir}")
+    assert result.returncode == 0, result.stderr
+    (reported,) = re.findall(r"eval/fd_classifier (\d+\.\d+)", trained.stdout)
+    assert re.search(rf"^eval/fd_classifier +{reported}$", result.stdout, re.MULTILINE), "the checkpoint is what was measured"
+    assert len(re.findall(r"^\d +[\d.]+ +[\d.]+ +[\d.]+$", result.stdout, re.MULTILINE)) == 10
+    result = run_command(sys.executable, "-m", "gandist.evaluate", str(run_dir.parent))
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: cannot read the configuration")
+
+
+def test_fresh_moves_the_old_run_aside(finished, tmp_path: Path, cache_dir: Path) -> None:
+    run_dir = again(finished, tmp_path)
+    result = run_command(sys.executable, "-m", "gandist.train", "--fresh", *arguments(run_dir, cache_dir, "seed=5"))
+    assert result.returncode == 0, result.stderr
+    (aside,) = tmp_path.glob("copy.before-*")
+    assert (aside / "checkpoints" / "step-00000016").is_dir()
+    assert (run_dir / "checkpoints" / "step-00000016").is_dir()
+
+
+def test_print_config_and_help() -> None:
+    result = run_command(sys.executable, "-m", "gandist.train", "train.kimg=7", "--print-config")
+    assert result.returncode == 0
+    assert "  kimg: 7.0\n" in result.stdout
+    result = run_command(sys.executable, "-m", "gandist.train", "--help")
+    assert "torchrun --nproc_per_node=8 -m gandist.train --config configs/digits.yaml train.kimg=200" in result.stdout
+
+
+def assert_one_error(result: subprocess.CompletedProcess, *parts: str) -> None:
+    """One readable message from the program (torchrun adds a table of its own), and no traceback of ours."""
+    assert result.returncode != 0
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error")]
+    assert len(errors) == 1, result.stderr
+    assert 'gandist/train.py", line' not in result.stderr
+    for part in parts:
+        assert part in result.stderr
+
+
+def test_errors_of_users(tmp_path: Path, cache_dir: Path) -> None:
+    result = torchrun(2, "gandist.train", "train.batch_sise=32", "modle.family=dcgan")
+    assert_one_error(result, "train.batch_sise: unknown key, did you mean 'train.batch_size'?", "did you mean 'model'?")
+    shards = "data.train=" + str(cache_dir / "digits-16" / "digits-train-{00..06}.tar")
+    own = [shards, "data.test=null", "evaluation.metrics=[]"]
+    result = torchrun(2, "gandist.train", *arguments(tmp_path / "r", cache_dir, *own))
+    assert_one_error(result, "digits-train-05.tar", "digits-train-06.tar")
+    result = torchrun(3, "gandist.train", *arguments(tmp_path / "r", cache_dir))
+    assert_one_error(result, "train.batch_size=64 cannot be split evenly over 3 rank(s)", "1, 2, 4, 8, 16, 32, 64 ranks")
+
+
+def test_a_flipped_byte(finished, tmp_path: Path, cache_dir: Path) -> None:
+    run_dir = again(finished, tmp_path)
+    newest, older = (run_dir / "checkpoints" / f"step-000000{step}" / "__1_0.distcp" for step in ("16", "08"))
+    flip(newest)
+    result = torchrun(2, "gandist.train", *arguments(run_dir, cache_dir))
+    assert result.returncode == 0, result.stderr
+    assert "does not match SHA256SUMS; set aside as step-00000016.damaged" in result.stdout
+    assert "resumed from" in result.stdout
+    flip(older)
+    flip(newest)
+    result = torchrun(2, "gandist.train", *arguments(run_dir, cache_dir))
+    assert_one_error(result, "every checkpoint in", "is damaged", "--fresh")
+
+
+def test_another_runs_checkpoint_is_refused(finished, tmp_path: Path, cache_dir: Path) -> None:
+    run_dir = again(finished, tmp_path)
+    changed = ["seed=1", "model.latent_dim=32", "train.kimg=2"]
+    result = torchrun(2, "gandist.train", *arguments(run_dir, cache_dir, *changed))
+    assert_one_error(result, "is of another run", "seed: 0 there, 1 now", "model.latent_dim: 64 there, 32 now")
+
+
+def test_a_sample_that_breaks_in_mid_run_ends_all_ranks(tmp_path: Path, cache_dir: Path) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(cache_dir / "digits-16", folder)
+    shard = folder / "digits-train-02.tar"
+    content = shard.read_bytes()
+    at = content.index(b"\x89PNG")
+    shard.write_bytes(content[:at] + b"junk" + content[at + 4 :])
+    own = [f"data.train={folder}/digits-train-*.tar", "data.test=null", "evaluation.metrics=[]", "train.kimg=5"]
+    result = torchrun(2, "gandist.train", *arguments(tmp_path / "r", cache_dir, *own), timeout=90)
+    assert result.returncode != 0
+    assert re.search(r"error \(rank \d\): .*digits-train-02\.tar: sample 'train-\d+' .* cannot be decoded", result.stderr)
+
+
+def test_a_signal_saves_and_stops(tmp_path: Path, cache_dir: Path) -> None:
+    run_dir = tmp_path / "r"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "gandist.train"]
+    options = arguments(run_dir, cache_dir, "train.kimg=1000", "checkpoint.every_kimg=1000")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, *options], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (run_dir / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert "stopped by a signal at kimg" in output
+    (saved,) = (run_dir / "checkpoints").iterdir()
+    images = json.loads((saved / "meta.json").read_text())["images"]
+    result = torchrun(2, "gandist.train", *arguments(run_dir, cache_dir, f"train.kimg={images / 1000 + 0.1}"))
+    assert f"resumed from {saved}" in result.stdout
+    assert result.returncode == 0
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
