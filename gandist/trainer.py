@@ -106,7 +106,7 @@ class Trainer:
                     self._log(trackers)
                 if self.finished or self._due(config.tracking.samples_every_kimg):
                     self._draw_samples(trackers)
-                if self.finished or self._due(config.evaluation.every_kimg):
+                if config.evaluation.metrics and (self.finished or self._due(config.evaluation.every_kimg)):
                     self._evaluate(trackers)
                 if saving:
                     self.save()
