@@ -80,7 +80,7 @@ def assert_same_run(a: Path, b: Path, tolerance: float) -> None:
 HEADS = {
     "projection": ("model.conditioning=projection", "loss.adversarial=hinge"),
     "auxiliary": ("model.conditioning=auxiliary", "loss.adversarial=non_saturating"),
-    "accumulated": ("train.accumulation=2", "train.discriminator_updates=1"),
+    "accumulated": ("train.accumulation=2", "train.discriminator_updates=2", f"train.kimg={2 * KIMG}"),
 }
 
 
