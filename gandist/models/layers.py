@@ -24,15 +24,17 @@ class SyncBatchNorm(_BatchNorm):
         dims = [0, *range(2, input.dim())]
         shape = [1, -1] + [1] * (input.dim() - 2)
         x = input.to(torch.promote_types(input.dtype, torch.float32))
-        mean = _mean_over_ranks(x.mean(dims))
-        centred = x - mean.view(shape)
-        var = _mean_over_ranks(centred.square().mean(dims))
+        # Mean and mean square, so that one exchange suffices; in float64, so that their difference is exact enough.
+        var, mean = (each.double() for each in torch.var_mean(x, dims, correction=0))
+        mean, mean_square = _mean_over_ranks(torch.stack([mean, var + mean.square()]))
+        var = mean_square - mean.square()
         with torch.no_grad():
             self.num_batches_tracked += 1
             count = input.numel() // input.size(1) * dist.get_world_size()
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (count / (count - 1)), self.momentum)
-        normalized = centred * torch.rsqrt(var + self.eps).view(shape)
+            self.running_mean.lerp_(mean.to(x.dtype), self.momentum)
+            self.running_var.lerp_((var * (count / (count - 1))).to(x.dtype), self.momentum)
+        scale = torch.rsqrt(var + self.eps)
+        normalized = (x - mean.to(x.dtype).view(shape)) * scale.to(x.dtype).view(shape)
         if self.affine:
             normalized = normalized * self.weight.view(shape) + self.bias.view(shape)
         return normalized.to(input.dtype)
