@@ -150,7 +150,7 @@ class WeightsAndBiases(Tracker):
             "resume": "allow",
             "dir": config.run_dir,
             "config": config.model_dump(mode="json"),
-            "settings": wandb.Settings(silent=True, console="off", init_timeout=30, finish_timeout=10),
+            "settings": wandb.Settings(silent=True, console="off", init_timeout=10, finish_timeout=10),
         }
         try:
             mode = config.tracking.wandb
@@ -159,6 +159,7 @@ class WeightsAndBiases(Tracker):
             self._run = wandb.init(mode=mode, **options)
         except wandb.Error as error:
             print(f"warning: W&B cannot be reached ({' '.join(str(error).split())}); it goes on offline", flush=True)
+            wandb.teardown()  # the failed attempt still holds the run's id
             self._run = wandb.init(mode="offline", **options)
         self._image, self._table = wandb.Image, wandb.Table
         self._run.define_metric("kimg")

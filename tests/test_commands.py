@@ -72,6 +72,17 @@ def test_offline_wandb_has_the_metrics(finished) -> None:
         assert name in result.stdout
 
 
+@pytest.mark.parametrize("key", ["0123456789" * 4, "too-short"])
+def test_wandb_that_cannot_be_reached_does_no_harm(tmp_path: Path, cache_dir: Path, monkeypatch, key: str) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    run_dir = tmp_path / "r"
+    result = torchrun(1, "gandist.train", *arguments(run_dir, cache_dir, "tracking.wandb=auto", "evaluation.metrics=[]"))
+    assert result.returncode == 0, result.stderr
+    assert "warning: W&B cannot be reached" in result.stdout
+    assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
+
+
 def test_a_finished_run_says_so_and_goes_on_when_asked(finished, tmp_path: Path, cache_dir: Path) -> None:
     run_dir = again(finished, tmp_path)
     result = torchrun(1, "gandist.train", *arguments(run_dir, cache_dir))
