@@ -180,17 +180,28 @@ def test_a_sample_that_breaks_in_mid_run_ends_all_ranks(tmp_path: Path, cache_di
     assert re.search(r"error \(rank \d\): .*digits-train-02\.tar: sample 'train-\d+' .* cannot be decoded", result.stderr)
 
 
-def test_a_signal_saves_and_stops(tmp_path: Path, cache_dir: Path) -> None:
+def test_a_run_that_diverges_stops_and_saves_nothing_broken(tmp_path: Path, cache_dir: Path) -> None:
+    extreme = ["optimizer.generator_lr=1e30", "optimizer.discriminator_lr=1e30", "checkpoint.every_kimg=0.064"]
+    result = torchrun(2, "gandist.train", *arguments(tmp_path / "r", cache_dir, *extreme))
+    assert_one_error(result, "not finite at step", "lower the learning rates")
+    for saved in (tmp_path / "r").glob("checkpoints/step-*/*.distcp"):
+        pytest.fail(f"{saved} was written from non-finite weights")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(tmp_path: Path, cache_dir: Path, number: signal.Signals) -> None:
     run_dir = tmp_path / "r"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "gandist.train"]
     options = arguments(run_dir, cache_dir, "train.kimg=1000", "checkpoint.every_kimg=1000")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, *options], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, *options], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
     deadline = time.monotonic() + 60
     while not (run_dir / "metrics.jsonl").exists():
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, number)  # as Ctrl-C and schedulers do: launcher, ranks and decoding workers alike
     output, _ = process.communicate(timeout=60)
     assert "stopped by a signal at kimg" in output
     (saved,) = (run_dir / "checkpoints").iterdir()
