@@ -1,6 +1,7 @@
 """A player of the game: an objective under DistributedDataParallel with its optimizer, precision and accumulation."""
 
 import inspect
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,6 +16,9 @@ from gandist.objective import Autocast, Statistics
 # Buffers are equal on all ranks already: norms are synchronized. The option was renamed in torch 2.13.
 _renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 NO_BUFFER_SYNC = {"forward_sync_buffers" if _renamed else "broadcast_buffers": False}
+
+# DDP says so where a weight has a dimension of size 1, whose stride means nothing, and then copies the few numbers.
+warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 
 @dataclass(frozen=True)
