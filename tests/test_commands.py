@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.ranks import ROOT, run_command, torchrun
+from tests.test_checkpoint import flip_a_byte
 
 SHORT = ["train.kimg=1", "checkpoint.every_kimg=0.5", "tracking.every_kimg=0.5", "tracking.wandb=off"]
 
@@ -149,13 +150,13 @@ def test_errors_of_users(tmp_path: Path, cache_dir: Path) -> None:
 def test_a_flipped_byte(finished, tmp_path: Path, cache_dir: Path) -> None:
     run_dir = again(finished, tmp_path)
     newest, older = (run_dir / "checkpoints" / f"step-000000{step}" / "__1_0.distcp" for step in ("16", "08"))
-    flip(newest)
+    flip_a_byte(newest)
     result = torchrun(2, "gandist.train", *arguments(run_dir, cache_dir))
     assert result.returncode == 0, result.stderr
     assert "does not match SHA256SUMS; set aside as step-00000016.damaged" in result.stdout
     assert "resumed from" in result.stdout
-    flip(older)
-    flip(newest)
+    flip_a_byte(older)
+    flip_a_byte(newest)
     result = torchrun(2, "gandist.train", *arguments(run_dir, cache_dir))
     assert_one_error(result, "every checkpoint in", "is damaged", "--fresh")
 
@@ -209,9 +210,3 @@ def test_a_signal_saves_and_stops(tmp_path: Path, cache_dir: Path, number: signa
     result = torchrun(2, "gandist.train", *arguments(run_dir, cache_dir, f"train.kimg={images / 1000 + 0.1}"))
     assert f"resumed from {saved}" in result.stdout
     assert result.returncode == 0
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
