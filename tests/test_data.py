@@ -17,7 +17,8 @@ from PIL import Image
 
 from gandist.config import DataConfig
 from gandist.data import evaluation_batches, open_dataset, training_batches
-from gandist.data.loader import EvaluationBatches, ImageFormat, TrainingBatches, load_batches
+from gandist.data.decode import ImageFormat
+from gandist.data.loader import EvaluationBatches, TrainingBatches, load_batches
 from gandist.data.order import SampleOrder, permutation
 from gandist.data.pack import DIGITS_SHARDS, encode_png, main, pack_digits
 from gandist.data.shards import ShardDataset, find_shards, scan

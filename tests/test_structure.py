@@ -16,6 +16,7 @@ ROWS = [
     "gandist.distributed",
     "gandist.preemption",
     "gandist.data.order",
+    "gandist.data.decode",
     "gandist.data.shards",
     "gandist.data.loader",
     "gandist.data.pack",

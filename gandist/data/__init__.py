@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from gandist.config import BUILT_IN, DataConfig, ShardSpec
-from gandist.data.loader import Batch, EvaluationBatches, ImageFormat, TrainingBatches, load_batches
+from gandist.data.decode import ImageFormat
+from gandist.data.loader import Batch, EvaluationBatches, TrainingBatches, load_batches
 from gandist.data.order import SampleOrder
 from gandist.data.shards import ShardDataset, open_shards, read_info
 from gandist.distributed import World

@@ -1,6 +1,5 @@
 """Positions → batches of decoded images, through webdataset's pipeline and worker processes."""
 
-import io
 import multiprocessing.util
 import signal
 from collections.abc import Iterator
@@ -12,10 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import webdataset as wds
-from PIL import Image, UnidentifiedImageError
 from torch.utils.data import IterableDataset, get_worker_info
-from torchvision.io import ImageReadMode, decode_image
 
+from gandist.data.decode import ImageError, ImageFormat, decode_into
 from gandist.data.order import SampleOrder
 from gandist.data.shards import RawSample, ShardDataset
 from gandist.errors import DataError
@@ -29,14 +27,6 @@ class Batch(NamedTuple):
 
     images: torch.Tensor
     labels: torch.Tensor
-
-
-@dataclass(frozen=True)
-class ImageFormat:
-    """What every image must be, in pixels and channels (1: grey, 3: RGB)."""
-
-    resolution: int
-    channels: int
 
 
 @dataclass
@@ -127,39 +117,10 @@ def _end_workers() -> None:
 def _decode_batch(samples: list[RawSample] | DataError, image_format: ImageFormat) -> Batch | DataError:
     if isinstance(samples, DataError):
         return samples
-    try:
-        images = torch.stack([_decode(sample, image_format) for sample in samples])
-    except DataError as error:
-        return error
-    return Batch(images, torch.tensor([sample.label for sample in samples]))
-
-
-def _decode(sample: RawSample, image_format: ImageFormat) -> torch.Tensor:
-    """uint8 [H, W, C]"""
-    grey = image_format.channels == 1
-    encoded = torch.frombuffer(bytearray(sample.image), dtype=torch.uint8)
-    try:
-        image = decode_image(encoded, ImageReadMode.GRAY if grey else ImageReadMode.RGB).permute(1, 2, 0)
-        fits = image.shape[2] == image_format.channels  # of WebP, decode_image makes no grey
-    except RuntimeError:
-        fits = False
-    if not fits:
-        image = _decode_with_pil(sample, "L" if grey else "RGB")
-    height, width, _ = image.shape
-    if (height, width) != (image_format.resolution,) * 2:
-        raise DataError(
-            f"{sample}: {width}×{height} pixels, but data.resolution is {image_format.resolution}: "
-            "set it to your images' size, or pack them at one size"
-        )
-    return image
-
-
-def _decode_with_pil(sample: RawSample, mode: str) -> torch.Tensor:
-    """For the formats that the fast decoders refuse, or do not convert."""
-    try:
-        with Image.open(io.BytesIO(sample.image)) as image:
-            if image.mode.startswith(("I", "F")):
-                raise DataError(f"{sample}: {image.mode} pixels, which are not 8 bits a channel: convert them to 8 bits")
-            return torch.from_numpy(np.array(image.convert(mode))).reshape(image.height, image.width, -1)
-    except (UnidentifiedImageError, OSError, ValueError) as error:
-        raise DataError(f"{sample}: the image cannot be decoded ({error}): replace it") from error
+    images = np.empty((len(samples), *image_format.shape), np.uint8)
+    for pixels, sample in zip(images, samples, strict=True):
+        try:
+            decode_into(pixels, sample.image, image_format)
+        except ImageError as error:
+            return DataError(f"{sample}: {error}")
+    return Batch(torch.from_numpy(images), torch.tensor([sample.label for sample in samples]))
