@@ -1,12 +1,13 @@
 """The configuration of a run: typed sections, a YAML file and `key=value` overrides, and errors a person can read."""
 
 import difflib
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, model_validator
 
 from gandist.errors import ConfigError
 
@@ -37,14 +38,38 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Where the images come from and what they are."""
 
-    train: ShardSpec = "digits:train"  # the built-in digits, or shards: a folder, a glob, braces, or a list of these
+    train: ShardSpec = "digits:train"  # the built-in digits, or shards: a folder, a glob, braces, URLs, or a list of these
     test: ShardSpec | None = "digits:test"  # held-out images for the class head's accuracy
     resolution: Count = 16  # pixels; images are square
+    resize: Literal["none", "center-crop", "stretch"] = "none"  # of images of another size; none: they are an error
     channels: Literal[1, 3] = 1  # 1: grey, 3: RGB
-    num_classes: Annotated[Integer, Field(ge=2)] = 10
+    num_classes: Annotated[Integer, Field(ge=0)] = 10  # 0: no labels are read, the networks are unconditional
+    label: Annotated[str, Field(pattern=r"^(cls|json:.+)$")] = "cls"  # or json:FIELD, a field of each sample's .json
+    unlabelled: Literal["refuse", "allow"] = "refuse"  # what to do with samples that have no label
+    on_error: Literal["raise", "skip"] = "raise"  # skip: an image that cannot be used is replaced by its neighbour
+    max_skip: Annotated[Number, Field(ge=0, le=1)] = 0.001  # share of images that may be replaced so
     num_workers: Annotated[Integer, Field(ge=0)] = 1  # decoding processes a rank
+    in_memory: ByteSize = ByteSize(10**9)  # decoded sets up to this size are held in memory; 0: none
     shuffle_block: Annotated[Integer, Field(ge=0)] = 0  # shards shuffled together; 0: all
-    cache_dir: ExpandedPath = Field(Path("~/.cache/gandist"), validate_default=True)  # shard indices, built-in data
+    lanes: Count = 1  # a multiple of the ranks lets each read its share of the shards alone; must divide batch_size
+    stage: bool = False  # whether local shards, too, are copied into cache_dir, to be read there
+    allow_pipe: bool = False  # whether `pipe:COMMAND` may be run by a shell to produce a shard
+    cache_dir: ExpandedPath = Field(Path("~/.cache/gandist"), validate_default=True)  # may hold $VARIABLES of each node
+    cache_limit: ByteSize = ByteSize(200 * 10**9)  # of the remote shards in it, on each node
+
+    @model_validator(mode="after")
+    def _two_classes_or_none(self) -> "DataConfig":
+        if self.num_classes == 1:
+            raise ValueError("num_classes=1: there is nothing to tell apart; 0 trains without classes")
+        return self
+
+    @property
+    def cache_folder(self) -> Path:
+        """`cache_dir` on this node. Raises ConfigError for a variable that is not set here."""
+        expanded = os.path.expandvars(self.cache_dir)
+        if "$" in expanded:
+            raise ConfigError(f"data.cache_dir={self.cache_dir}: the variable is not set on this node", on_every_rank=False)
+        return Path(expanded)
 
 
 class ModelConfig(Section):
@@ -54,7 +79,7 @@ class ModelConfig(Section):
     latent_dim: Count = 64
     generator_width: Count = 16  # channels at full resolution; doubled each time the resolution halves
     discriminator_width: Count = 24
-    conditioning: Literal["projection", "auxiliary"] = "projection"  # how the discriminator uses the labels
+    conditioning: Literal["projection", "auxiliary", "none"] = "projection"  # how the discriminator uses the labels
 
 
 class LossConfig(Section):
@@ -149,6 +174,21 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _conditioning_fits_the_data(self) -> "Config":
+        if (self.data.num_classes == 0) != (self.model.conditioning == "none"):
+            raise ValueError(
+                "data.num_classes=0 and model.conditioning=none go together: without classes there is nothing to condition on"
+            )
+        if classified := {"accuracy", "gan_test"} & set(self.evaluation.metrics) if not self.data.num_classes else ():
+            raise ValueError(
+                f"evaluation.metrics has {', '.join(sorted(classified))}, which need classes: leave them out with "
+                "data.num_classes=0"
+            )
+        if self.train.batch_size % self.data.lanes:
+            raise ValueError(f"data.lanes={self.data.lanes} does not divide train.batch_size={self.train.batch_size}")
+        return self
 
     @model_validator(mode="after")
     def _metrics_fit_the_data(self) -> "Config":

@@ -30,6 +30,7 @@ class World:
     rank: int
     size: int
     local_rank: int
+    local_size: int  # ranks on this node
     device: torch.device
     control: dist.ProcessGroup
 
@@ -75,6 +76,7 @@ def join_world() -> Iterator[World]:
     rank = int(os.environ.get("RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             raise ConfigError(f"{local_rank + 1} processes or more but {torch.cuda.device_count()} GPU(s): start one a GPU")
@@ -85,13 +87,12 @@ def join_world() -> Iterator[World]:
         device = torch.device("cpu")
         backend = "gloo"
         if "OMP_NUM_THREADS" not in os.environ:
-            local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
     if launched:
         dist.init_process_group(backend, timeout=TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=rank, world_size=size, timeout=TIMEOUT)
-    yield World(rank, size, local_rank, device, dist.new_group(backend="gloo", timeout=TIMEOUT))
+    yield World(rank, size, local_rank, local_size, device, dist.new_group(backend="gloo", timeout=TIMEOUT))
     # Not in a `finally`: a rank that fails must leave at once, and the others may be inside a collective.
     dist.destroy_process_group()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gandist import checkpoint
 from gandist.config import RUN_CONFIG, load_config
-from gandist.data import class_names, open_dataset
+from gandist.data import open_dataset
 from gandist.distributed import join_world, run
 from gandist.errors import CheckpointError
 from gandist.evaluation.evaluator import Evaluator
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         networks = generator.to(world.device), discriminator.to(world.device)
         evaluation = evaluator(*networks, step=meta["step"], kimg=meta["kimg"])
         if world.is_main:
-            print(f"{path}\n{evaluation_table(evaluation, class_names(train_set, config.data))}")
+            print(f"{path}\n{evaluation_table(evaluation, train_set.class_names)}")
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class DiscriminatorObjective(nn.Module):
     def forward(
         self, real: torch.Tensor, real_labels: torch.Tensor, fake: torch.Tensor, fake_labels: torch.Tensor
     ) -> tuple[torch.Tensor, Statistics]:
-        """Images [B, C, H, W] in [-1, 1], labels int64 [B] → the loss [] and statistics."""
+        """Images [B, C, H, W] in [-1, 1], labels int64 [B], −1 for none → the loss [] and statistics."""
         labels = torch.cat([real_labels, fake_labels])
 
         def discriminate(real: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
@@ -55,15 +55,15 @@ class DiscriminatorObjective(nn.Module):
         else:
             _, (real_logits, fake_logits, class_logits) = discriminate(real)
         adversarial = self.adversarial.discriminator(real_logits, fake_logits)
-        classification = F.cross_entropy(class_logits, real_labels)
-        loss = adversarial + self.class_weight * classification
-        statistics = {
-            "loss/discriminator": adversarial,
-            "loss/classification": classification,
-            "logits/real": real_logits.mean(),
-            "logits/fake": fake_logits.mean(),
-            "classification/train_top1": (class_logits.argmax(1) == real_labels).to(loss.dtype).mean(),
-        }
+        loss = adversarial
+        statistics = {"loss/discriminator": adversarial, "logits/real": real_logits.mean(), "logits/fake": fake_logits.mean()}
+        if class_logits.size(1):
+            # A mean over all images, labelled or not, so that ranks with more or fewer of them weigh alike.
+            classification = F.cross_entropy(class_logits, real_labels, ignore_index=-1, reduction="sum") / len(real)
+            loss = loss + self.class_weight * classification
+            statistics["loss/classification"] = classification
+            statistics["classification/train_top1"] = (class_logits.argmax(1) == real_labels).to(loss.dtype).mean()
+            statistics["classification/labelled"] = (real_labels >= 0).to(loss.dtype).mean()
         if self.r1_gamma:
             loss = loss + self.r1_gamma * r1
             statistics["penalty/r1"] = r1

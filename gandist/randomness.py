@@ -31,7 +31,7 @@ class StepRandomness:
     """What this rank's places of the global batch draw.
 
     batch_size:   global
-    class_counts: of the training set, int64 [K]; labels are drawn as frequent as they are there
+    class_counts: of the training set, int64 [K]; labels are drawn as frequent as they are there. K = 0: they are all −1
     """
 
     seed: int
@@ -45,7 +45,10 @@ class StepRandomness:
         """Latents float32 [B / world_size, Z] and labels int64 [B / world_size] of one update of a step."""
         stream = random_stream(self.seed, purpose, step, update)
         latents = draw_latents(stream, self.batch_size, self.latent_dim)
-        samples = stream.integers(self.class_counts.sum(), size=self.batch_size)  # of the training set, sorted by class
-        labels = np.searchsorted(np.cumsum(self.class_counts), samples, "right")
+        if len(self.class_counts):
+            samples = stream.integers(self.class_counts.sum(), size=self.batch_size)  # of the training set, sorted by class
+            labels = np.searchsorted(np.cumsum(self.class_counts), samples, "right")
+        else:
+            labels = np.full(self.batch_size, -1)
         mine = slice(self.rank, None, self.world_size)
         return latents[mine], torch.from_numpy(labels[mine])

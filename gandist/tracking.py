@@ -86,7 +86,8 @@ class Console(Tracker):
         print(
             f"kimg {kimg:7.1f}/{self.total_kimg:g} | {rate:6.0f} img/s | data wait {values['throughput/data_wait']:4.0%}"
             f" | {values['memory/peak_gib']:.2f} GiB | ETA {eta} | D {values['loss/discriminator']:.3f}"
-            f" | G {values['loss/generator']:+.3f} | class {values['loss/classification']:.3f}",
+            f" | G {values['loss/generator']:+.3f}"
+            + (f" | class {values['loss/classification']:.3f}" if "loss/classification" in values else ""),
             flush=True,
         )
 

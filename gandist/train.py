@@ -67,6 +67,8 @@ def train(config: Config, world: World, *, fresh: bool = False) -> None:
     if not trainer.finished:
         say(f"stopped by a signal at kimg {trainer.images / 1000:g} and saved; the same command goes on from there")
         return
+    if trainer.total_skipped:
+        say(f"{trainer.total_skipped:,} images could not be used; their neighbours stood in for them (data.on_error=skip)")
     say(
         f"finished: {run_dir}\n"
         f"  pictures     {run_dir / SAMPLES}/step-{trainer.step:08d}.png\n"

@@ -13,12 +13,12 @@ import webdataset
 import gandist
 from gandist import checkpoint
 from gandist.config import Config
-from gandist.data import Batch, class_names, open_dataset, training_batches
+from gandist.data import DeviceBatch, normalize, open_dataset, to_uint8
 from gandist.distributed import World
 from gandist.ema import ExponentialMovingAverage
 from gandist.engine import Player, choose_precision, frozen
-from gandist.errors import CheckpointError, ConfigError, TrainingError
-from gandist.evaluation.evaluator import Evaluator, to_uint8
+from gandist.errors import CheckpointError, ConfigError, DataError, TrainingError
+from gandist.evaluation.evaluator import Evaluator
 from gandist.losses import ADVERSARIAL_LOSSES
 from gandist.models import build_discriminator, build_generator
 from gandist.objective import DiscriminatorObjective, GeneratorObjective
@@ -28,6 +28,7 @@ from gandist.tracking import Meter, Tracker, open_trackers, sample_grid
 
 SAMPLES_PER_CLASS = 10
 GRID_CLASSES = 32
+NAMED_SKIPS = 10  # skipped samples that are named, and that are always allowed
 
 
 class Trainer:
@@ -46,12 +47,11 @@ class Trainer:
 
         # Open the data.
         self.train_set = open_dataset(config.data.train, config.data, world)
-        self.class_names = class_names(self.train_set, config.data)
         self.randomness = StepRandomness(
             config.seed,
             config.train.batch_size,
             config.model.latent_dim,
-            np.bincount(self.train_set.labels, minlength=config.data.num_classes),
+            self.train_set.class_counts,
             world.rank,
             world.size,
         )
@@ -80,6 +80,8 @@ class Trainer:
         # Prepare to look at them.
         self.evaluator = Evaluator(config, self.train_set, world)
         self.meter = Meter(world)
+        self.skipped: list[str] = []  # on this rank, since the last report
+        self.total_skipped = 0  # on all ranks
 
     @property
     def progress(self) -> dict[str, float]:
@@ -92,7 +94,7 @@ class Trainer:
     def train(self) -> None:
         """Trains from where the run stands to its end, or until asked to stop. Saves in either case."""
         config = self.config
-        trackers = open_trackers(config, self.class_names, self.world, step=self.step)
+        trackers = open_trackers(config, self.train_set.class_names, self.world, step=self.step)
         stop = StopRequest(self.world)
         stopping = False
         self._start_interval()
@@ -115,7 +117,7 @@ class Trainer:
         for tracker in trackers:
             tracker.finish()
 
-    def train_step(self, batches: Iterator[Batch]) -> None:
+    def train_step(self, batches: Iterator[DeviceBatch]) -> None:
         """One iteration of Goodfellow et al. 2014 (1406.2661), algorithm 1: updates of D, one of G, one of the average."""
         count = self.config.train.accumulation
         for update in range(self.config.train.discriminator_updates):
@@ -148,6 +150,7 @@ class Trainer:
         meta = {
             **self.progress,
             "images": self.images,
+            "skipped": self.total_skipped,
             "world_size": self.world.size,
             "data_fingerprint": self.train_set.fingerprint,
             "config": self.config.model_dump(mode="json"),
@@ -171,7 +174,7 @@ class Trainer:
         meta = checkpoint.read_meta(path)
         self._refuse_other_run(path, meta)
         checkpoint.load(path, self.state_dict(), self.world)
-        self.step, self.images = meta["step"], meta["images"]
+        self.step, self.images, self.total_skipped = meta["step"], meta["images"], meta["skipped"]
         return path
 
     def describe(self) -> str:
@@ -180,26 +183,23 @@ class Trainer:
         sizes = [sum(p.numel() for p in each.network.parameters()) for each in (self.generator, self.discriminator)]
         return (
             f"{config.run_dir}: {self.world.size} rank(s) on {self.world.device.type}, {self.precision.name}\n"
-            f"data: {len(self.train_set):,} images of {config.data.num_classes} classes"
-            f" in {len(self.train_set.paths)} shards\n"
+            f"data: {len(self.train_set):,} images of {config.data.num_classes or 'no'} classes"
+            f" in {len(self.train_set.shards.shards)} shards\n"
             f"networks: {config.model.family}, generator {sizes[0]:,} and discriminator {sizes[1]:,} parameters\n"
             f"plan: {config.train.kimg:g} kimg in global batches of {config.train.batch_size}"
         )
 
-    def _open_batches(self) -> Iterator[Batch]:
-        config = self.config
-        batch_size = config.train.batch_size
-        return training_batches(
-            self.train_set, config.data, self.world, seed=config.seed, batch_size=batch_size, start=self.images
-        )
+    def _open_batches(self) -> Iterator[DeviceBatch]:
+        batch_size = self.config.train.batch_size
+        return self.train_set.training_batches(seed=self.config.seed, batch_size=batch_size, start=self.images)
 
-    def _next_real(self, batches: Iterator[Batch]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _next_real(self, batches: Iterator[DeviceBatch]) -> tuple[torch.Tensor, torch.Tensor]:
         """Images [B / world_size, C, H, W] in [-1, 1] and their labels, on the device."""
         start = time.perf_counter()
-        images, labels = next(batches)
+        images, labels, skipped = next(batches)
         self.data_wait += time.perf_counter() - start
-        images = images.to(self.world.device, non_blocking=True).permute(0, 3, 1, 2)
-        return images.to(self.precision.dtype) / 127.5 - 1, labels.to(self.world.device, non_blocking=True)
+        self.skipped += skipped.values()
+        return normalize(images, self.precision.dtype), labels
 
     def _latents(self, purpose: Purpose, update: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         latents, labels = self.randomness.draw(purpose, self.step, update)
@@ -223,6 +223,10 @@ class Trainer:
         values = self.meter.read()
         if bad := [name for name, value in values.items() if not np.isfinite(value)]:
             raise self._diverged(", ".join(bad))
+        if "classification/labelled" in values:
+            for name in ("loss/classification", "classification/train_top1"):
+                values[name] /= max(values["classification/labelled"], 1e-9)
+        values |= self._report_skipped()
         seconds = time.perf_counter() - self.interval_start
         values |= {
             "throughput/images_per_second": (self.images - self.interval_images) / seconds,
@@ -232,12 +236,30 @@ class Trainer:
         for tracker in trackers:
             tracker.scalars(self.progress, values)
 
+    def _report_skipped(self) -> dict[str, float]:
+        """Counts the samples that others stood in for, over all ranks. Raises DataError if they are too many."""
+        data = self.config.data
+        if data.on_error == "raise":
+            return {}
+        skipped = [each for part in self.world.gather(self.skipped) for each in part]
+        self.skipped = []
+        if skipped and self.world.is_main and self.total_skipped < NAMED_SKIPS:
+            print("\n".join(f"skipped: {each}" for each in skipped[: NAMED_SKIPS - self.total_skipped]), flush=True)
+        self.total_skipped += len(skipped)
+        if self.total_skipped > max(NAMED_SKIPS, data.max_skip * self.images):
+            raise DataError(
+                f"{self.total_skipped:,} of {self.images:,} images could not be used, more than data.max_skip="
+                f"{data.max_skip:g} allows; the last: {skipped[-1]}",
+                on_every_rank=True,
+            )
+        return {"data/skipped": self.total_skipped}
+
     def _draw_samples(self, trackers: list[Tracker]) -> None:
-        """One row a class, of the first GRID_CLASSES, always of the same latents."""
+        """One row a class, of the first GRID_CLASSES, always of the same latents; without classes, as many rows as columns."""
         if not trackers:
             return
-        classes = torch.arange(min(self.config.data.num_classes, GRID_CLASSES), device=self.world.device)
-        labels = classes.repeat_interleave(SAMPLES_PER_CLASS)
+        rows = range(min(self.config.data.num_classes, GRID_CLASSES)) or [-1] * SAMPLES_PER_CLASS
+        labels = torch.tensor(rows, device=self.world.device).repeat_interleave(SAMPLES_PER_CLASS)
         stream = random_stream(self.config.seed, Purpose.SAMPLES)
         latents = draw_latents(stream, len(labels), self.config.model.latent_dim)
         with torch.no_grad():
@@ -266,11 +288,13 @@ class Trainer:
 
     def _refuse_other_run(self, path: Path, meta: dict) -> None:
         saved, now = meta["config"], self.config.model_dump(mode="json")
-        same_data = {"data_fingerprint": (meta["data_fingerprint"], self.train_set.fingerprint)}
-        compared = same_data | {"seed": (saved["seed"], now["seed"])}
+        fingerprint = self.train_set.fingerprint.items()
+        known = {key: (meta["data_fingerprint"][key], value) for key, value in fingerprint}
+        compared = {f"data_fingerprint.{key}": pair for key, pair in known.items() if None not in pair}
+        compared |= {"seed": (saved["seed"], now["seed"])}
         compared |= {f"model.{key}": (saved["model"].get(key), value) for key, value in now["model"].items()}
-        keys = ("resolution", "channels", "num_classes", "shuffle_block")
-        compared |= {f"data.{key}": (saved["data"][key], now["data"][key]) for key in keys}
+        keys = ("resolution", "resize", "channels", "num_classes", "label", "unlabelled", "on_error", "shuffle_block", "lanes")
+        compared |= {f"data.{key}": (saved["data"].get(key), now["data"][key]) for key in keys}
         if changed := [f"  {key}: {old} there, {new} now" for key, (old, new) in compared.items() if old != new]:
             raise CheckpointError(
                 f"{path} is of another run:\n" + "\n".join(changed) + "\ngo back to its settings, choose another "

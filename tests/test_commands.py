@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
@@ -168,17 +169,63 @@ def test_another_runs_checkpoint_is_refused(finished, tmp_path: Path, cache_dir:
     assert_one_error(result, "is of another run", "seed: 0 there, 1 now", "model.latent_dim: 64 there, 32 now")
 
 
-def test_a_sample_that_breaks_in_mid_run_ends_all_ranks(tmp_path: Path, cache_dir: Path) -> None:
-    folder = tmp_path / "data"
-    shutil.copytree(cache_dir / "digits-16", folder)
-    shard = folder / "digits-train-02.tar"
-    content = shard.read_bytes()
-    at = content.index(b"\x89PNG")
-    shard.write_bytes(content[:at] + b"junk" + content[at + 4 :])
-    own = [f"data.train={folder}/digits-train-*.tar", "data.test=null", "evaluation.metrics=[]", "train.kimg=5"]
-    result = torchrun(2, "gandist.train", *arguments(tmp_path / "r", cache_dir, *own), timeout=90)
+@pytest.fixture(scope="module")
+def imperfect(tmp_path_factory, cache_dir: Path) -> list[str]:
+    """The digits with three images that are none in one shard, and 40 labels missing in another: arguments to train on it."""
+    folder = tmp_path_factory.mktemp("imperfect")
+    for shard, spoil in (("02", spoil_three_images), ("03", drop_forty_labels)):
+        spoil(cache_dir / "digits-16" / f"digits-train-{shard}.tar", folder / f"{shard}.tar")
+    shutil.copy(cache_dir / "digits-16" / "digits-train-00.tar", folder)
+    return [f"data.train={folder}", "data.test=null", "evaluation.metrics=[]", "data.unlabelled=allow", "train.kimg=3"]
+
+
+def spoil_three_images(source: Path, target: Path) -> None:
+    parts = source.read_bytes().split(b"\x89PNG")
+    target.write_bytes(b"\x89PNG".join([b"junk".join(parts[:4]), *parts[4:]]))
+
+
+def drop_forty_labels(source: Path, target: Path) -> None:
+    with tarfile.open(source) as tar, tarfile.open(target, "w") as partly:
+        for number, member in enumerate(tar):
+            if number >= 80 or not member.name.endswith("cls"):
+                partly.addfile(member, tar.extractfile(member))
+
+
+@pytest.mark.parametrize("in_memory", ["0", "1GB"])
+def test_a_sample_that_breaks_ends_all_ranks(imperfect, tmp_path: Path, cache_dir: Path, in_memory: str) -> None:
+    """In mid-run, or before it begins where the data is decoded at once."""
+    options = arguments(tmp_path / "r", cache_dir, *imperfect, f"data.in_memory={in_memory}")
+    result = torchrun(2, "gandist.train", *options, timeout=90)
     assert result.returncode != 0
-    assert re.search(r"error \(rank \d\): .*digits-train-02\.tar: sample 'train-\d+' .* cannot be decoded", result.stderr)
+    pattern = r"^error( \(rank \d\))?: .*02\.tar: sample 'train-\d+' \(byte \d+\): the image cannot be decoded"
+    assert len(re.findall(pattern, result.stderr, re.MULTILINE)) >= 1
+    assert (tmp_path / "r").exists() == (in_memory == "0")
+
+
+def test_partly_labelled_data_trains_and_what_is_skipped_is_told(imperfect, tmp_path: Path, cache_dir: Path) -> None:
+    run_dir, skipping = tmp_path / "r", ["data.on_error=skip", "data.max_skip=0.02"]
+    result = torchrun(2, "gandist.train", *arguments(run_dir, cache_dir, *imperfect, *skipping))
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    skipped = int(rows[-1]["data/skipped"])
+    assert 9 <= skipped <= 12, "three images, each once in every epoch: 3,008 images are 3.2 epochs"
+    named = re.findall(r"^skipped: .*02\.tar: sample 'train-\d+' .*cannot be decoded", result.stdout, re.MULTILINE)
+    assert len(named) == min(skipped, 10)
+    assert f"{skipped} images could not be used; their neighbours stood in for them" in result.stdout
+    assert 0.9 < rows[-1]["classification/labelled"] < 1
+    strict = [*skipping, "data.max_skip=0", "train.kimg=30", "data.train=" + imperfect[0].split("=")[1] + "/02.tar"]
+    result = torchrun(2, "gandist.train", *arguments(tmp_path / "s", cache_dir, *imperfect[1:], *strict))
+    assert_one_error(result, "images could not be used, more than data.max_skip=0 allows; the last: ")
+
+
+def test_images_without_labels_train_an_unconditional_gan(tmp_path: Path, cache_dir: Path) -> None:
+    unconditional = ["data.train=digits:train", "data.num_classes=0", "model.conditioning=none"]
+    options = arguments(tmp_path / "r", cache_dir, *unconditional, "evaluation.metrics=[fd_classifier]")
+    result = torchrun(2, "gandist.train", *options)
+    assert result.returncode == 0, result.stderr
+    assert re.search(r"eval/fd_classifier \d+\.\d+", result.stdout)
+    result = torchrun(1, "gandist.train", *arguments(tmp_path / "s", cache_dir, "data.num_classes=0"))
+    assert_one_error(result, "data.num_classes=0 and model.conditioning=none go together")
 
 
 def test_a_run_that_diverges_stops_and_saves_nothing_broken(tmp_path: Path, cache_dir: Path) -> None:

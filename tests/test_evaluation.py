@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gandist.config import Config, DataConfig, load_config
-from gandist.data import open_dataset
+from gandist.data import open_dataset, to_uint8
 from gandist.distributed import World, join_world
 from gandist.errors import GandistError
 from gandist.evaluation import features
 from gandist.evaluation.classification import Classification
-from gandist.evaluation.evaluator import Evaluator, to_uint8
+from gandist.evaluation.evaluator import Evaluator, proportional_labels
 from gandist.evaluation.frechet import Moments, frechet_distance
 from gandist.evaluation.judge import top1, train_judge
 from gandist.models import build_discriminator, build_generator
@@ -148,8 +148,11 @@ def test_each_metric_sees_what_it_must_and_is_blind_as_known(cache_dir: Path, wo
     config = Config(data=DataConfig(cache_dir=cache_dir))
     train_set = open_dataset(config.data.train, config.data, world)
     evaluator = Evaluator(config, train_set, world)
-    images = torch.cat([images for images, _ in evaluator._real_batches(train_set)])
-    labels = torch.from_numpy(train_set.labels)
+    batches = list(train_set.evaluation_batches(256))
+    labels = torch.cat([batch.labels for batch in batches])
+    # In the order of their labels, as fakes are asked for.
+    images = torch.cat([batch.images for batch in batches])[labels.argsort(stable=True)]
+    labels = labels.sort(stable=True).values
 
     def score(fakes: torch.Tensor) -> tuple[float, float]:
         discriminator = build_discriminator(config.model, config.data)
@@ -176,6 +179,13 @@ def test_each_metric_sees_what_it_must_and_is_blind_as_known(cache_dir: Path, wo
     for fakes in (blurred, noisy):
         distance, _ = score(fakes)
         assert distance > 10 * held_out
+
+
+def test_fakes_have_the_training_sets_classes() -> None:
+    counts = np.array([5, 0, 2, 13])
+    for size, expected in ((20, counts), (40, counts * 2), (10, [2, 0, 1, 7])):
+        assert np.bincount(proportional_labels(counts, size), minlength=4).tolist() == list(expected)
+    assert proportional_labels(counts[:0], 3).tolist() == [-1, -1, -1]
 
 
 def test_rounding_to_levels() -> None:

@@ -1,50 +1,98 @@
-"""The input: shards → order → loader → `Batch`."""
+"""The input: shards → order → loader → `Batch` → device."""
 
 from collections.abc import Iterator
 
+import numpy as np
+
 from gandist.config import BUILT_IN, DataConfig, ShardSpec
+from gandist.data.cache import ShardCache
 from gandist.data.decode import ImageFormat
-from gandist.data.loader import Batch, EvaluationBatches, TrainingBatches, load_batches
+from gandist.data.device import DeviceBatch, normalize, on_device, to_uint8
+from gandist.data.index import LabelRule
+from gandist.data.loader import Batch, Batches, EvaluationBatches, ShardReader, TrainingBatches, load_batches
+from gandist.data.memory import DecodedImages, decode_all, decoded_folder, decoded_size
 from gandist.data.order import SampleOrder
-from gandist.data.shards import ShardDataset, open_shards, read_info
+from gandist.data.remote import Remote
+from gandist.data.shards import LabelPolicy, ShardDataset, open_shards
+from gandist.data.sources import ShardList, find_shards
+from gandist.data.storage import Storage
 from gandist.distributed import World
 from gandist.errors import DataError
 
-__all__ = ["Batch", "ShardDataset", "class_names", "evaluation_batches", "open_dataset", "training_batches"]
+__all__ = ["Batch", "Dataset", "DeviceBatch", "normalize", "open_dataset", "to_uint8"]
 
 
-def open_dataset(spec: ShardSpec, config: DataConfig, world: World) -> ShardDataset:
+class Dataset:
+    """A data set as a configuration describes it, opened by all ranks together.
+
+    class_names:  of `_info.json` beside the shards, else the numbers
+    class_counts: labelled images of each class, int64 [num_classes]; ones where they are not known
+    """
+
+    def __init__(self, found: ShardList, config: DataConfig, world: World):
+        self._config = config
+        self._world = world
+        names = found.classes if len(found.classes) == config.num_classes else range(config.num_classes)
+        self.class_names = [str(name) for name in names]
+        image_format = ImageFormat(config.resolution, config.channels, config.resize)
+        shards = _open(found, config, image_format, world)
+        self.shards = shards
+        self.class_counts = shards.class_counts if shards.class_counts.any() else np.ones_like(shards.class_counts)
+        self._read = ShardReader(shards, image_format, skip=config.on_error == "skip")
+        self._num_workers = config.num_workers
+        if shards.identity and decoded_size(len(shards), image_format) <= config.in_memory:
+            folder = decoded_folder(config.cache_folder, self._read)
+            with world.together():
+                if world.local_rank == 0 and not folder.exists():
+                    decode_all(folder, self._read, config.num_workers)
+            self._read = DecodedImages(folder)
+            self._num_workers = 0
+
+    def __len__(self) -> int:
+        return len(self.shards)
+
+    @property
+    def fingerprint(self) -> dict[str, str | None]:
+        return self.shards.fingerprint
+
+    def training_batches(self, *, seed: int, batch_size: int, start: int) -> Iterator[DeviceBatch]:
+        """This rank's part of every global batch of `batch_size` images, without end, from position `start`."""
+        config, world = self._config, self._world
+        sizes = self.shards.shard_sizes
+        order = SampleOrder(sizes, seed=seed, shuffle_block=config.shuffle_block, lanes=config.lanes)
+        placement = {"local_rank": world.local_rank, "local_size": world.local_size}
+        return self._batches(TrainingBatches(order, batch_size, world.rank, world.size, start, **placement))
+
+    def evaluation_batches(self, batch_size: int) -> Iterator[DeviceBatch]:
+        """This rank's share of all samples, each once over the ranks."""
+        return self._batches(EvaluationBatches(self.shards.shard_sizes, batch_size, self._world.rank, self._world.size))
+
+    def _batches(self, batches: Batches) -> Iterator[DeviceBatch]:
+        device = self._world.device
+        options = {"num_workers": self._num_workers, "pin_memory": device.type == "cuda"}
+        return on_device(load_batches(self._read, batches, self.shards, **options), device)
+
+
+def open_dataset(spec: ShardSpec, config: DataConfig, world: World, *, split: str = "train") -> Dataset:
     """The data set of `data.train` or `data.test`; the built-in digits are packed on first use. Raises DataError."""
     if isinstance(spec, str) and spec.startswith(BUILT_IN):
         spec = _built_in_digits(spec, config, world)
-    return open_shards(spec, num_classes=config.num_classes, cache_dir=config.cache_dir, world=world)
+    found = None
+    with world.together():
+        if world.is_main:
+            found = find_shards(spec, Remote(allow_pipe=config.allow_pipe), split=split)
+    return Dataset(world.broadcast(found), config, world)
 
 
-def training_batches(
-    dataset: ShardDataset, config: DataConfig, world: World, *, seed: int, batch_size: int, start: int
-) -> Iterator[Batch]:
-    """This rank's part of every global batch of `batch_size` images, without end, from position `start`."""
-    order = SampleOrder(dataset.shard_sizes, seed=seed, shuffle_block=config.shuffle_block)
-    batches = TrainingBatches(order, batch_size, world.rank, world.size, start)
-    return load_batches(
-        dataset, batches, _image_format(config), num_workers=config.num_workers, pin_memory=world.device.type == "cuda"
-    )
-
-
-def evaluation_batches(dataset: ShardDataset, config: DataConfig, world: World, batch_size: int) -> Iterator[Batch]:
-    """This rank's share of all samples, each once over the ranks."""
-    batches = EvaluationBatches(len(dataset), batch_size, world.rank, world.size)
-    return load_batches(dataset, batches, _image_format(config))
-
-
-def class_names(dataset: ShardDataset, config: DataConfig) -> list[str]:
-    """From `_info.json` beside the shards, else the numbers."""
-    names = read_info(dataset.paths[0].parent).get("classes", [])
-    return names if len(names) == config.num_classes else [str(label) for label in range(config.num_classes)]
-
-
-def _image_format(config: DataConfig) -> ImageFormat:
-    return ImageFormat(config.resolution, config.channels)
+def _open(found: ShardList, config: DataConfig, image_format: ImageFormat, world: World) -> ShardDataset:
+    cache = ShardCache(config.cache_folder / "shards", config.cache_limit, Remote(allow_pipe=config.allow_pipe))
+    rule = LabelRule(config.label if config.num_classes else "", found.classes)
+    storage = Storage(config.cache_folder / "index", cache, rule, stage=config.stage)
+    policy = LabelPolicy(config.num_classes, config.unlabelled == "allow")
+    total = sum(shard.count or 0 for shard in found.shards)
+    small = decoded_size(total, image_format) <= config.in_memory
+    in_place = not all(map(storage.is_cached, found.shards))
+    return open_shards(found, storage, policy, world, scan_all=small or in_place)
 
 
 def _built_in_digits(spec: str, config: DataConfig, world: World) -> list[str]:
@@ -56,7 +104,7 @@ def _built_in_digits(spec: str, config: DataConfig, world: World) -> list[str]:
         raise DataError(
             f"no built-in data '{spec}': there are {', '.join(BUILT_IN + name for name in DIGITS_SHARDS)}", on_every_rank=True
         )
-    folder = config.cache_dir / f"digits-{config.resolution}"
+    folder = config.cache_folder / f"digits-{config.resolution}"
     with world.together():
         if world.local_rank == 0 and not folder.exists():
             pack_digits(folder, config.resolution)

@@ -63,10 +63,12 @@ def decode_into(pixels: np.ndarray, encoded: bytes, image_format: ImageFormat) -
 
 def decode(encoded: bytes, channels: int) -> np.ndarray:
     """An image of any size, uint8 [H, W, C]. Raises ImageError."""
+    if channels == 1 and encoded[8:12] == b"WEBP":  # of which torchvision makes no grey
+        return _decode_with_pillow(encoded, channels)
     try:
         mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
         image = decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), mode)
-        if len(image) == channels and image.dtype == torch.uint8:  # it makes no grey of WebP, nor 8 bits of 16
+        if len(image) == channels and image.dtype == torch.uint8:  # else there are 16 bits
             return image.permute(1, 2, 0).numpy()
     except (RuntimeError, ValueError):
         pass
@@ -83,12 +85,14 @@ def fit(pixels: np.ndarray, resolution: int, resize: Resize) -> np.ndarray:
             f"{width}×{height} pixels, but data.resolution is {resolution}: set it to your images' size, say "
             "data.resize=center-crop, or pack them at one size"
         )
-    side = min(height, width)
-    left, top = (width - side) / 2, (height - side) / 2
-    box = (left, top, left + side, top + side) if resize == "center-crop" else None
+    if resize == "center-crop":
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        pixels = pixels[top : top + side, left : left + side]
     image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
-    resized = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box)
-    return np.asarray(resized).reshape(resolution, resolution, channels)
+    return np.asarray(image.resize((resolution, resolution), Image.Resampling.LANCZOS)).reshape(
+        resolution, resolution, channels
+    )
 
 
 def _decode_with_pillow(encoded: bytes, channels: int) -> np.ndarray:

@@ -2,11 +2,11 @@
 
 import multiprocessing.util
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -15,18 +15,31 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from gandist.data.decode import ImageError, ImageFormat, decode_into
 from gandist.data.order import SampleOrder
-from gandist.data.shards import RawSample, ShardDataset
+from gandist.data.prefetch import Prefetcher
+from gandist.data.shards import ShardDataset
 from gandist.errors import DataError
 from gandist.preemption import ignore_signals
 
 PREFETCHED_BATCHES = 4
+PLANNED_BATCHES = 16  # whose samples are looked up at once
 
 
 class Batch(NamedTuple):
-    """images: uint8 [B, H, W, C]; labels: int64 [B]"""
+    """images: uint8 [B, H, W, C]; labels: int64 [B], −1 for none; skipped: samples replaced by others, and why"""
 
     images: torch.Tensor
     labels: torch.Tensor
+    skipped: dict[int, str]
+
+
+class Batches(Protocol):
+    """Which samples make which batch of this rank."""
+
+    def samples(self, batches: Sequence[int]) -> list[np.ndarray]:
+        """Sample ids, int64 [B], of each of these ascending batches; fewer batches when there are no more."""
+
+    def shards_from(self, batch: int) -> Sequence[int]:
+        """Shards that this rank brings to its node now, in the order that they are wanted."""
 
 
 @dataclass
@@ -38,58 +51,121 @@ class TrainingBatches:
     rank: int
     world_size: int
     start: int  # positions consumed before batch 0
+    local_rank: int = 0
+    local_size: int = 1
 
-    def __getitem__(self, batch: int) -> np.ndarray:
-        first = self.start + batch * self.batch_size
-        return self.order.samples(np.arange(first + self.rank, first + self.batch_size, self.world_size))
+    def samples(self, batches: Sequence[int]) -> list[np.ndarray]:
+        firsts = self.start + np.asarray(batches)[:, None] * self.batch_size
+        positions = firsts + np.arange(self.rank, self.batch_size, self.world_size)
+        return list(self.order.samples(positions.ravel()).reshape(positions.shape))
+
+    def shards_from(self, batch: int) -> list[int]:
+        """Of this block and the next: the shards of this rank's lanes, or where all ranks read all, its share of them."""
+        now = self.order.block(self.start + batch * self.batch_size)
+        blocks = [now, self.order.block(now.end)]
+        if self.order.lanes % self.world_size or self.batch_size % self.order.lanes:
+            return [int(shard) for block in blocks for shard in block.shards[self.local_rank :: self.local_size]]
+        lanes = range((self.start + self.rank) % self.world_size, self.order.lanes, self.world_size)
+        return [int(shard) for block in blocks for shard in self.order.shards_of_lanes(block, lanes)]
 
 
 @dataclass
 class EvaluationBatches:
     """Every sample once, in order: batches rank, rank + world_size, … of fixed size, so no batch depends on the ranks."""
 
-    num_samples: int
+    shard_sizes: Sequence[int]
     batch_size: int
     rank: int
     world_size: int
 
-    def __getitem__(self, batch: int) -> np.ndarray:
+    def samples(self, batches: Sequence[int]) -> list[np.ndarray]:
+        firsts = [(self.rank + batch * self.world_size) * self.batch_size for batch in batches]
+        size = sum(self.shard_sizes)
+        return [np.arange(first, min(first + self.batch_size, size)) for first in firsts if first < size]
+
+    def shards_from(self, batch: int) -> list[int]:
+        """This one and two more."""
         first = (self.rank + batch * self.world_size) * self.batch_size
-        if first >= self.num_samples:
-            raise IndexError(batch)
-        return np.arange(first, min(first + self.batch_size, self.num_samples))
+        shard = int(np.searchsorted(np.cumsum(self.shard_sizes), first, "right"))
+        return list(range(shard, min(shard + 3, len(self.shard_sizes))))
+
+
+@dataclass
+class ShardReader:
+    """Reads and decodes the samples of a batch.
+
+    skip: a sample that cannot be used is replaced by the next of its shard that can, instead of raising DataError
+    """
+
+    dataset: ShardDataset
+    image_format: ImageFormat
+    skip: bool = False
+
+    def __call__(self, samples: Sequence[int]) -> Batch:
+        """Sample ids [B] → Batch. Raises DataError."""
+        raw_samples = self.dataset.read(samples)
+        images = np.empty((len(raw_samples), *self.image_format.shape), np.uint8)
+        labels = np.array([raw.label for raw in raw_samples], np.int64)
+        skipped = {}
+        for place, raw in enumerate(raw_samples):
+            try:
+                decode_into(images[place], raw.image, self.image_format)
+            except ImageError as error:
+                sample = int(samples[place])
+                failure = f"{self.dataset.describe(sample)}: {error}"
+                if not self.skip:
+                    raise DataError(failure) from error
+                labels[place] = self._substitute(images[place], sample, failure)
+                skipped[sample] = failure
+        return Batch(torch.from_numpy(images), torch.from_numpy(labels), skipped)
+
+    def _substitute(self, pixels: np.ndarray, sample: int, failure: str) -> int:
+        """Decodes another sample in its place; returns its label."""
+        for other in self.dataset.after(sample):
+            (raw,) = self.dataset.read([other])
+            try:
+                decode_into(pixels, raw.image, self.image_format)
+            except ImageError:
+                continue
+            return raw.label
+        raise DataError(f"{failure} (nor can any other sample of this shard be used)")
 
 
 class _Source(IterableDataset):
-    """Stage 0: the raw samples of each batch. Worker w of K yields batches w, w + K, …, which DataLoader puts in order."""
+    """Stage 0: the samples of each batch. Worker w of K yields batches w, w + K, …, which DataLoader puts in order."""
 
-    def __init__(self, dataset: ShardDataset, batches: TrainingBatches | EvaluationBatches):
-        self.dataset = dataset
+    def __init__(self, batches: Batches, dataset: ShardDataset):
         self.batches = batches
+        self.dataset = dataset
 
-    def __iter__(self) -> Iterator[list[RawSample] | DataError]:
+    def __iter__(self) -> Iterator[np.ndarray | DataError]:
         worker = get_worker_info()
-        for batch in count(worker.id, worker.num_workers) if worker else count():
-            try:
-                samples = self.batches[batch]
-            except IndexError:
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        prefetcher = Prefetcher(self.dataset) if number == 0 and self.dataset.is_cached else None
+        for first in count(number, workers * PLANNED_BATCHES):
+            planned = range(first, first + workers * PLANNED_BATCHES, workers)
+            samples = self.batches.samples(planned)
+            for batch, ids in zip(planned, samples, strict=False):
+                if prefetcher:
+                    try:
+                        prefetcher.want(self.batches.shards_from(batch))
+                    except DataError as error:
+                        yield error
+                yield ids
+            if len(samples) < len(planned):
                 return
-            try:
-                yield self.dataset.read(samples)
-            except DataError as error:
-                yield error
 
 
 def load_batches(
+    reader: Callable[[Sequence[int]], Batch],
+    batches: Batches,
     dataset: ShardDataset,
-    batches: TrainingBatches | EvaluationBatches,
-    image_format: ImageFormat,
     *,
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Decoded batches in the order of `batches`. Raises DataError for an image that cannot be used."""
-    pipeline = wds.DataPipeline(_Source(dataset, batches), wds.map(partial(_decode_batch, image_format=image_format)))
+    """Batches in their order, read in `num_workers` processes. Raises DataError for a sample that cannot be used."""
+    pipeline = wds.DataPipeline(_Source(batches, dataset), wds.map(partial(_read, reader=reader)))
     workers = {"prefetch_factor": PREFETCHED_BATCHES, "worker_init_fn": _init_worker} if num_workers else {}
     if num_workers:
         multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
@@ -99,6 +175,15 @@ def load_batches(
         if isinstance(batch, DataError):
             raise batch
         yield Batch(*batch)
+
+
+def _read(samples: np.ndarray | DataError, reader: Callable[[Sequence[int]], Batch]) -> Batch | DataError:
+    if isinstance(samples, DataError):
+        return samples
+    try:
+        return reader(samples)
+    except DataError as error:
+        return error
 
 
 def _init_worker(worker: int) -> None:
@@ -112,15 +197,3 @@ def _end_workers() -> None:
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
-
-
-def _decode_batch(samples: list[RawSample] | DataError, image_format: ImageFormat) -> Batch | DataError:
-    if isinstance(samples, DataError):
-        return samples
-    images = np.empty((len(samples), *image_format.shape), np.uint8)
-    for pixels, sample in zip(images, samples, strict=True):
-        try:
-            decode_into(pixels, sample.image, image_format)
-        except ImageError as error:
-            return DataError(f"{sample}: {error}")
-    return Batch(torch.from_numpy(images), torch.tensor([sample.label for sample in samples]))

@@ -1,262 +1,233 @@
-"""Shards of a WebDataset: which files, and where in them each sample lies.
+"""A data set of shards: opened and checked by all ranks together, then read at random."""
 
-A shard is an uncompressed tar whose adjacent members `KEY.png` (or jpg, jpeg, webp) and `KEY.cls` make one sample.
-"""
-
-import glob
 import hashlib
-import json
 import os
-import tarfile
+import resource
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from braceexpand import UnbalancedBracesError
-from webdataset.shardlists import expand_urls
-from webdataset.tariterators import base_plus_ext
 
+from gandist.data.index import LABEL, OFFSET, UNLABELLED, content_id, key_at
+from gandist.data.sources import Shard, ShardList
+from gandist.data.storage import OpenShard, Storage
 from gandist.distributed import World
 from gandist.errors import DataError
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-OFFSET, SIZE, LABEL = range(3)  # columns of an index table
-_BLOCK = tarfile.BLOCKSIZE
-_OPEN_FILES = 128
+SHARDS_A_ROUND = 16  # that a rank scans between two exchanges, so that no rank waits longer than for these
+_NAMED = 100  # failures in one report
+_OPEN_SHARDS = 4096
 
 
 class RawSample(NamedTuple):
-    """An encoded image with its label, and where it came from."""
+    """An encoded image and its label, −1 for none."""
 
     image: bytes
     label: int
-    shard: Path
-    offset: int
 
-    def __str__(self) -> str:
-        return f"{self.shard}: sample '{_key_at(self.shard, self.offset)}' (byte {self.offset})"
+
+class LabelPolicy(NamedTuple):
+    """num_classes: labels are below it; 0: there are none. unlabelled: whether samples may lack one"""
+
+    num_classes: int
+    unlabelled: bool = False
 
 
 class ShardDataset:
-    """Random access to the samples of indexed shards.
+    """Random access to the samples of a list of shards, which count through them in order.
 
-    paths:  the shards
-    tables: an index of each, int64 [n, 3]: byte offset and size of the image, label
+    shard_sizes:  samples in each shard
+    class_counts: labelled samples of each class, int64 [num_classes]; zeros where they are not known
+    content:      tells this content from other data; None where the shards have not all been seen
+    identity:     tells these very files, at the time they were seen, from any others; None likewise
+    is_cached:    whether shards are copied to this node's disk before they are read
     """
 
-    def __init__(self, paths: Sequence[Path], tables: Sequence[np.ndarray]):
-        self.paths = tuple(paths)
-        self.shard_sizes = [len(table) for table in tables]
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        shard_sizes: Sequence[int],
+        storage: Storage,
+        policy: LabelPolicy,
+        class_counts: np.ndarray,
+        content: str | None = None,
+        identity: str | None = None,
+    ):
+        self.shards = tuple(shards)
+        self.shard_sizes = tuple(shard_sizes)
+        self.policy = policy
+        self.class_counts = class_counts
+        self.content = content
+        self.identity = identity
+        self.is_cached = any(map(storage.is_cached, shards))
+        self._storage = storage
         self._ends = np.cumsum(self.shard_sizes)
-        self._table = np.concatenate(tables)
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._opened: OrderedDict[int, OpenShard] = OrderedDict()
+        self._capacity = _allow_open_files()
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_files": OrderedDict()}  # descriptors mean nothing in another process
+        return self.__dict__ | {"_opened": OrderedDict()}  # files mean nothing in another process
 
     def __len__(self) -> int:
-        return len(self._table)
+        return int(self._ends[-1])
 
     @property
-    def labels(self) -> np.ndarray:
-        """int64 [N]"""
-        return self._table[:, LABEL]
+    def cache_limit(self) -> int:
+        """Bytes."""
+        return self._storage.cache.limit
+
+    def fetch(self, shard: int) -> int:
+        """Brings a shard into this node's cache; returns the bytes it takes there. Raises DataError."""
+        if not self._storage.is_cached(self.shards[shard]):
+            return 0
+        with self._storage.open(self.shards[shard]).file as file:
+            return os.fstat(file.fileno()).st_size
 
     @property
-    def fingerprint(self) -> str:
-        """Identifies the content as far as names, counts, image sizes and labels tell."""
-        digest = hashlib.sha256()
-        for path, count in zip(self.paths, self.shard_sizes, strict=True):
-            digest.update(f"{path.name} {count}\n".encode())
-        digest.update(np.ascontiguousarray(self._table[:, SIZE:], "<i8").tobytes())
-        return digest.hexdigest()
+    def fingerprint(self) -> dict[str, str | None]:
+        """Identifies the data: names and sizes of the shards always, their content where all have been seen."""
+        names = "".join(f"{shard.name} {size}\n" for shard, size in zip(self.shards, self.shard_sizes, strict=True))
+        return {"shards": hashlib.sha256(names.encode()).hexdigest(), "content": self.content}
 
     def read(self, samples: Iterable[int]) -> list[RawSample]:
-        """The samples of these ids. Raises DataError where a shard is shorter than its index says."""
-        return [self._read(int(sample)) for sample in samples]
+        """The samples of these ids. Raises DataError where a shard cannot be read, or is shorter than its index says."""
+        samples = list(samples)
+        read: dict[int, RawSample] = {}
+        for sample in sorted(samples):  # as they lie on the disk
+            if sample not in read:
+                read[sample] = self._read(sample)
+        return [read[sample] for sample in samples]
+
+    def describe(self, sample: int) -> str:
+        """Names a sample to a person: shard, key, byte offset."""
+        shard, row = self._locate(sample)
+        opened = self._open(shard)
+        offset = int(opened.table[row, OFFSET])
+        return f"{self.shards[shard]}: sample '{key_at(opened.file, offset)}' (byte {offset})"
+
+    def after(self, sample: int) -> Iterator[int]:
+        """The other samples of the same shard, in order from this one on, and around."""
+        shard, row = self._locate(sample)
+        size = self.shard_sizes[shard]
+        return (sample - row + (row + step) % size for step in range(1, size))
+
+    def _locate(self, sample: int) -> tuple[int, int]:
+        shard = int(np.searchsorted(self._ends, sample, "right"))
+        return shard, int(sample - self._ends[shard] + self.shard_sizes[shard])
 
     def _read(self, sample: int) -> RawSample:
-        shard = int(np.searchsorted(self._ends, sample, "right"))
-        offset, size, label = self._table[sample].tolist()
-        path = self.paths[shard]
+        shard, row = self._locate(sample)
+        opened = self._open(shard)
+        offset, size, label = opened.table[row].tolist()
         try:
-            image = os.pread(self._open(shard), size, offset)
+            image = os.pread(opened.file.fileno(), size, offset)
         except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error.strerror}") from error
+            raise DataError(f"{self.shards[shard]}: cannot be read: {error.strerror}") from error
         if len(image) < size:
-            raise DataError(f"{path}: ends before byte {offset + size}, it was changed since it was indexed: restore it")
-        return RawSample(image, label, path, offset)
-
-    def _open(self, shard: int) -> int:
-        if shard in self._files:
-            self._files.move_to_end(shard)
-            return self._files[shard]
-        if len(self._files) == _OPEN_FILES:
-            os.close(self._files.popitem(last=False)[1])
-        descriptor = os.open(self.paths[shard], os.O_RDONLY)
-        self._files[shard] = descriptor
-        return descriptor
-
-
-def open_shards(spec: str | Sequence[str], *, num_classes: int, cache_dir: Path, world: World) -> ShardDataset:
-    """Finds the shards of `spec` and indexes them; each rank scans its share.
-
-    Raises DataError on every rank with all that is wrong: missing or damaged shards, missing, repeated or out-of-range
-    samples and labels.
-    """
-    with world.together():
-        paths = find_shards(spec)
-    tables, failures = {}, []
-    for shard in range(world.rank, len(paths), world.size):
-        try:
-            tables[shard] = _cached_scan(paths[shard], cache_dir)
-            _check_labels(paths[shard], tables[shard], num_classes)
-        except (DataError, OSError) as error:
-            failures.append(str(error))
-    with world.together():
-        if failures:
-            raise DataError("\n".join(failures))
-    tables = {shard: table for part in world.gather(tables) for shard, table in part.items()}
-    return ShardDataset(paths, [tables[shard] for shard in range(len(paths))])
-
-
-def find_shards(spec: str | Sequence[str]) -> list[Path]:
-    """The shards that a folder, a glob, braces (`train-{0000..0007}.tar`) or a list of these name, in this order.
-
-    Raises DataError for what does not exist.
-    """
-    paths, missing = [], []
-    for entry in [spec] if isinstance(spec, str) else spec:
-        try:
-            names = expand_urls(str(Path(entry).expanduser()))
-        except UnbalancedBracesError as error:
-            raise DataError(f"{entry}: a brace is not closed: {error}") from error
-        for name in names:
-            pattern = f"{glob.escape(name)}/*.tar" if Path(name).is_dir() else name
-            found = [Path(path) for path in sorted(glob.glob(pattern))]
-            paths += found
-            missing += [] if found else [f"no shard at {pattern}"]
-    if missing:
-        raise DataError("\n".join(missing) + "\nset data.train and data.test to the shards that are there, or restore these")
-    if not paths:
-        raise DataError("no shards: data.train is an empty list")
-    if repeated := sorted({str(path) for path in paths if paths.count(path) > 1}):
-        raise DataError(f"named twice: {', '.join(repeated)}: every sample is to come once an epoch")
-    return paths
-
-
-def scan(path: Path) -> np.ndarray:
-    """The index of a shard, int64 [n, 3]: byte offset of each image, its size, its label.
-
-    Raises DataError for damage, also for what readers of tar pass over in silence: data behind a broken header.
-    """
-    rows, keys = [], set()
-    members: dict[str, tarfile.TarInfo] = {}
-    key = None
-
-    def finish() -> None:
-        images = [name for name in members if name in IMAGE_EXTENSIONS]
-        if len(images) != 1 or "cls" not in members:
             raise DataError(
-                f"{path}: sample '{key}' has {sorted(members)}: wanted are one image ({', '.join(IMAGE_EXTENSIONS)}) "
-                "and a label (cls), side by side"
+                f"{self.shards[shard]}: ends before byte {offset + size}, it was changed since it was indexed: restore it"
             )
-        if key in keys:
-            raise DataError(f"{path}: sample '{key}' is there twice")
-        keys.add(key)
-        text = tar.extractfile(members["cls"]).read()
-        try:
-            label = int(text)
-        except ValueError:
-            raise DataError(f"{path}: the label of sample '{key}' is {text[:20]!r}, not an integer") from None
-        rows.append((members[images[0]].offset_data, members[images[0]].size, label))
+        return RawSample(image, label if self.policy.num_classes else UNLABELLED)
 
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile():
-                    continue
-                base, extension = base_plus_ext(member.name)
-                if base is None:
-                    raise DataError(f"{path}: member '{member.name}' has no extension")
-                if base != key:
-                    if members:
-                        finish()
-                    key, members = base, {}
-                members[extension.lower()] = member
-            if members:
-                finish()
-            _check_end(path, tar.offset, len(rows))
-    except (tarfile.TarError, EOFError) as error:
-        raise DataError(f"{path}: damaged or truncated after {len(rows)} samples ({error}): restore it") from error
-    if not rows:
-        raise DataError(f"{path}: no samples in it")
-    return np.array(rows, np.int64)
+    def _open(self, shard: int) -> OpenShard:
+        if shard in self._opened:
+            self._opened.move_to_end(shard)
+            return self._opened[shard]
+        self._close_evicted()
+        opened = _open_checked(self._storage, self.shards[shard], self.policy)
+        if len(opened.table) != self.shard_sizes[shard]:
+            raise DataError(f"{self.shards[shard]}: was changed while the run went on: restore it")
+        self._opened[shard] = opened
+        return opened
+
+    def _close_evicted(self) -> None:
+        """An open file keeps its disk space, also when it is no longer in the cache."""
+        gone = [shard for shard, opened in self._opened.items() if _is_deleted(opened)]
+        oldest = list(self._opened)[: max(0, len(self._opened) + 1 - self._capacity)]
+        for shard in {*gone, *oldest}:
+            self._opened.pop(shard).file.close()
 
 
-def _check_end(path: Path, offset: int, samples: int) -> None:
-    """tarfile ends in silence at a broken header; a whole archive ends in zeros."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        tail = file.read(_BLOCK)
-        whole = len(tail) == _BLOCK
-        while whole and tail:
-            whole = not any(tail)
-            tail = file.read(1 << 20)
-    if not whole:
-        raise DataError(f"{path}: damaged or truncated at byte {offset} after {samples} samples: restore it")
+def open_shards(found: ShardList, storage: Storage, policy: LabelPolicy, world: World, *, scan_all: bool) -> ShardDataset:
+    """Opens the shards that were found; the ranks share the work.
+
+    scan_all: look into every shard now, not only when it is read; so it is anyway where the counts are not all declared.
+    Raises DataError on every rank with all that is wrong of all shards.
+    """
+    shards = found.shards
+    if not scan_all and all(shard.count is not None for shard in shards):
+        known = len(found.class_counts) == policy.num_classes
+        class_counts = np.array(found.class_counts if known else [0] * policy.num_classes, np.int64)
+        return ShardDataset(shards, [shard.count for shard in shards], storage, policy, class_counts)
+
+    seen: dict[int, _Seen] = {}
+    failures: list[str] = []
+    round_size = SHARDS_A_ROUND * world.size
+    for first in range(0, len(shards), round_size):
+        mine, wrong = {}, []
+        for shard in range(first + world.rank, min(first + round_size, len(shards)), world.size):
+            try:
+                mine[shard] = _see(shards[shard], storage, policy, world)
+            except DataError as error:
+                wrong.append(str(error))
+        for rank, (part, wrong_there) in enumerate(world.gather((mine, wrong))):
+            failures += wrong_there
+            for shard, (*_, index, table) in part.items():
+                elsewhere = rank // world.local_size != world.rank // world.local_size
+                storage.adopt(shards[shard], index, table if elsewhere and world.local_rank == 0 else None)
+            seen |= {shard: entry._replace(table=None) for shard, entry in part.items()}
+    if failures:
+        more = [f"… and {len(failures) - _NAMED} more"] if len(failures) > _NAMED else []
+        raise DataError("\n".join(sorted(failures)[:_NAMED] + more), on_every_rank=True)
+    ordered = [seen[shard] for shard in range(len(shards))]
+    content = hashlib.sha256(b"".join(entry.content for entry in ordered)).hexdigest()
+    identity = hashlib.sha256(f"{content} {[entry.index for entry in ordered]}".encode()).hexdigest()
+    class_counts = sum(entry.class_counts for entry in ordered)
+    return ShardDataset(shards, [entry.count for entry in ordered], storage, policy, class_counts, content, identity)
 
 
-def _cached_scan(path: Path, cache_dir: Path) -> np.ndarray:
-    status = path.stat()
-    identity = f"{path.resolve()} {status.st_size} {status.st_mtime_ns}"
-    cached = cache_dir / "index" / f"{hashlib.sha256(identity.encode()).hexdigest()[:32]}.npy"
-    try:
-        return np.load(cached)
-    except (OSError, ValueError, EOFError):
-        table = scan(path)
-    _check_declared_count(path, len(table))
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    partial = cached.with_suffix(f".{os.getpid()}.tmp")
-    with partial.open("wb") as file:
-        np.save(file, table)
-    partial.replace(cached)
-    return table
+class _Seen(NamedTuple):
+    count: int
+    class_counts: np.ndarray
+    content: bytes
+    index: str
+    table: np.ndarray | None
 
 
-def _check_declared_count(path: Path, count: int) -> None:
-    for split in read_info(path.parent).get("splits", {}).values():
-        declared = dict(zip(split["filenames"], split["shard_lengths"], strict=True)).get(path.name, count)
-        if declared != count:
-            raise DataError(f"{path}: {count} samples, but _info.json declares {declared}: restore one of them")
+def _see(shard: Shard, storage: Storage, policy: LabelPolicy, world: World) -> _Seen:
+    opened = _open_checked(storage, shard, policy)
+    with opened.file:
+        labels = opened.table[:, LABEL]
+        class_counts = np.bincount(labels[labels >= 0] if policy.num_classes else [], minlength=policy.num_classes)
+        table = np.array(opened.table) if world.size > world.local_size else None
+        return _Seen(len(labels), class_counts, content_id(opened.file), opened.index.name, table)
 
 
-def _check_labels(path: Path, table: np.ndarray, num_classes: int) -> None:
-    wrong = np.flatnonzero((table[:, LABEL] < 0) | (table[:, LABEL] >= num_classes))
-    if len(wrong):
-        offset, _, label = table[wrong[0]].tolist()
-        raise DataError(
-            f"{path}: sample '{_key_at(path, offset)}' has label {label}, outside 0..{num_classes - 1} "
-            f"({len(wrong)} such): set data.num_classes to the number of classes"
-        )
+def _open_checked(storage: Storage, shard: Shard, policy: LabelPolicy) -> OpenShard:
+    opened = storage.open(shard)
+    labels = opened.table[:, LABEL]
+    if not policy.num_classes:
+        return opened
+    if len(wrong := np.flatnonzero(labels >= policy.num_classes)):
+        what = f"label {labels[wrong[0]]}, outside 0..{policy.num_classes - 1}"
+        advice = "set data.num_classes to the number of classes"
+    elif len(wrong := np.flatnonzero(labels < 0)) and not policy.unlabelled:
+        what = f"no label ({storage.rule.source})"
+        advice = "correct data.label, or say data.unlabelled=allow if some have none, or data.num_classes=0 if all"
+    else:
+        return opened
+    with opened.file:
+        key = key_at(opened.file, int(opened.table[wrong[0], OFFSET]))
+    raise DataError(f"{shard}: sample '{key}' has {what} ({len(wrong)} such): {advice}")
 
 
-def _key_at(path: Path, offset: int) -> str:
-    """The key of the image at this byte, from the tar header before it."""
-    with path.open("rb") as file:
-        file.seek(offset - _BLOCK)
-        name = file.read(100).rstrip(b"\0").decode(errors="replace")
-    return base_plus_ext(name)[0] or name
+def _is_deleted(opened: OpenShard) -> bool:
+    return os.fstat(opened.file.fileno()).st_nlink == 0
 
 
-def read_info(folder: Path) -> dict:
-    """The `_info.json` beside the shards (timm's form, plus `classes`, `resolution`), or an empty dict."""
-    path = folder / "_info.json"
-    if not path.exists():
-        return {}
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON: {error}") from error
+def _allow_open_files() -> int:
+    """Raises this process's limit of open files as far as it may; returns how many shards to keep open."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return max(16, min(_OPEN_SHARDS, most // 4 if most != resource.RLIM_INFINITY else _OPEN_SHARDS))

@@ -4,11 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
 from gandist.config import Config
-from gandist.data import ShardDataset, evaluation_batches, open_dataset
+from gandist.data import Dataset, normalize, open_dataset, to_uint8
 from gandist.distributed import World
 from gandist.errors import ConfigError
 from gandist.evaluation.classification import Classification, ClassificationReport
@@ -49,16 +50,16 @@ class Evaluator:
     """Every rank makes one and calls it; all return the same.
 
     Images are made and read in batches of fixed size and content, dealt to the ranks in turn, in evaluation mode, in
-    float32 without autocast. Generated image i has the label of training image i, so classes are as frequent as there.
+    float32 without autocast. Classes are as frequent among the generated images as in the training set.
     """
 
-    def __init__(self, config: Config, train_set: ShardDataset, world: World):
+    def __init__(self, config: Config, train_set: Dataset, world: World):
         self.config = config
         self.world = world
         self.train_set = train_set
         self.settings = config.evaluation
         self.num_fakes = self.settings.num_images or len(train_set)
-        self.test_set = config.data.test and open_dataset(config.data.test, config.data, world)
+        self.test_set = config.data.test and open_dataset(config.data.test, config.data, world, split="test")
         self.judge: DigitsJudge | None = None
         if {"fd_classifier", "gan_test"} & set(self.settings.metrics):
             self._open_judge()
@@ -79,7 +80,7 @@ class Evaluator:
 
     def _open_judge(self) -> None:
         data = self.config.data
-        if (data.channels, data.num_classes) != (DigitsJudge.channels, DigitsJudge.num_classes):
+        if data.channels != DigitsJudge.channels or data.num_classes not in (0, DigitsJudge.num_classes):
             raise ConfigError("the judge of fd_classifier and gan_test wants data.channels=1 and data.num_classes=10")
         self.judge = load_digits_judge(self.world.device)
         self.judged_by = {"extractor": DIGITS_JUDGE, "weights_sha256": weights_sha256(DIGITS_JUDGE)}
@@ -87,19 +88,20 @@ class Evaluator:
             self.real_moments = self._judge_moments(self.train_set)
             self.held_out_distance = self.test_set and frechet_distance(self.real_moments, self._judge_moments(self.test_set))
 
-    def _judge_moments(self, dataset: ShardDataset) -> Moments:
+    def _judge_moments(self, dataset: Dataset) -> Moments:
         moments = Moments(self.judge.num_features)
-        for images, _ in self._real_batches(dataset):
+        for images, *_ in dataset.evaluation_batches(self.settings.batch_size):
             moments.update(self.judge(images)[0])
         return moments.over_ranks(self.world)
 
     def _judge_fakes(self, generator: nn.Module, made: dict) -> list[Record]:
         moments = Moments(self.judge.num_features)
-        verdicts = Classification(self.config.data.num_classes, self.world)
+        verdicts = Classification(DigitsJudge.num_classes, self.world)
         for images, labels in self._fake_batches(generator):
             features, class_logits = self.judge(images)
             moments.update(features)
-            verdicts.update(class_logits, labels)
+            if "gan_test" in self.settings.metrics:
+                verdicts.update(class_logits, labels)
         made = made | self.judged_by | {"split": "train", "n_real": len(self.train_set)}
         fakes = {"n_fake": self.num_fakes, "ema": True}
         records = []
@@ -115,33 +117,31 @@ class Evaluator:
     def _classify_test_set(self, discriminator: nn.Module) -> ClassificationReport:
         predictions = Classification(self.config.data.num_classes, self.world)
         dtype = next(discriminator.parameters()).dtype
-        for images, labels in self._real_batches(self.test_set):
-            output = discriminator(images.to(dtype) / 127.5 - 1, labels)
-            predictions.update(output.class_logits, labels)
+        for images, labels, _ in self.test_set.evaluation_batches(self.settings.batch_size):
+            output = discriminator(normalize(images, dtype), labels)
+            predictions.update(output.class_logits[labels >= 0], labels[labels >= 0])
         return predictions.report()
 
-    def _real_batches(self, dataset: ShardDataset) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Images uint8 [B, C, H, W] and labels [B] of this rank's share."""
-        for images, labels in evaluation_batches(dataset, self.config.data, self.world, self.settings.batch_size):
-            yield images.to(self.world.device).permute(0, 3, 1, 2), labels.to(self.world.device)
-
     def _fake_batches(self, generator: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Like `_real_batches`, of generated images; batch n is a function of the seed and n."""
+        """Generated images uint8 [B, C, H, W] and labels [B] of this rank's share; batch n is a function of the seed and n."""
         size = self.settings.batch_size
         dtype = next(generator.parameters()).dtype
-        all_labels = torch.from_numpy(self.train_set.labels)
+        all_labels = torch.from_numpy(proportional_labels(self.train_set.class_counts, self.num_fakes))
         starts = range(0, self.num_fakes, size)
         for start in starts[self.world.rank :: self.world.size]:
             count = min(size, self.num_fakes - start)
             stream = random_stream(self.config.seed, Purpose.EVALUATION, start // size)
             latents = draw_latents(stream, count, self.config.model.latent_dim)
-            labels = all_labels[torch.arange(start, start + count) % len(all_labels)].to(self.world.device)
+            labels = all_labels[start : start + count].to(self.world.device)
             yield to_uint8(generator(latents.to(self.world.device, dtype), labels)), labels
 
 
-def to_uint8(images: torch.Tensor) -> torch.Tensor:
-    """Images in [-1, 1] → uint8, rounded to the nearest level."""
-    return (images * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
+def proportional_labels(class_counts: np.ndarray, size: int) -> np.ndarray:
+    """`size` labels, int64, in proportion to these counts and sorted; −1 where there are no classes."""
+    if not len(class_counts):
+        return np.full(size, -1)
+    places = (2 * np.arange(size) + 1) * class_counts.sum() // (2 * size)
+    return np.searchsorted(np.cumsum(class_counts), places, "right")
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from gandist.config import DataConfig
-from gandist.data import evaluation_batches, open_dataset, training_batches
+from gandist.data import open_dataset
 from gandist.distributed import World, join_world, run
 from gandist.errors import ConfigError
 from gandist.evaluation.features import DigitsJudge
@@ -28,11 +28,11 @@ def train_judge(data: DataConfig, world: World, *, seed: int = 0, epochs: int = 
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps)
     reach = data.resolution // 8
-    with closing(training_batches(dataset, data, world, seed=seed, batch_size=BATCH_SIZE, start=0)) as batches:
+    with closing(dataset.training_batches(seed=seed, batch_size=BATCH_SIZE, start=0)) as batches:
         for _ in range(steps):
-            images, labels = (tensor.to(world.device) for tensor in next(batches))
+            images, labels, _ = next(batches)
             shift = torch.randint(-reach, reach + 1, (2,)).tolist()
-            images = F.pad(images.permute(0, 3, 1, 2), [reach] * 4).roll(shift, dims=(2, 3))[..., reach:-reach, reach:-reach]
+            images = F.pad(images, [reach] * 4).roll(shift, dims=(2, 3))[..., reach:-reach, reach:-reach]
             _, class_logits = judge(images)
             optimizer.zero_grad()
             F.cross_entropy(class_logits, labels, label_smoothing=0.1).backward()
@@ -44,11 +44,11 @@ def train_judge(data: DataConfig, world: World, *, seed: int = 0, epochs: int = 
 @torch.no_grad()
 def top1(judge: DigitsJudge, data: DataConfig, world: World) -> float:
     """Accuracy on `data.test`."""
-    dataset = open_dataset(data.test, data, world)
+    dataset = open_dataset(data.test, data, world, split="test")
     right = 0
-    for images, labels in evaluation_batches(dataset, data, world, BATCH_SIZE):
-        _, class_logits = judge(images.to(world.device).permute(0, 3, 1, 2))
-        right += int((class_logits.argmax(1).cpu() == labels).sum())
+    for images, labels, _ in dataset.evaluation_batches(BATCH_SIZE):
+        _, class_logits = judge(images)
+        right += int((class_logits.argmax(1) == labels).sum())
     return right / len(dataset)
 
 

@@ -4,12 +4,12 @@ from torch import nn
 
 from gandist.config import DataConfig, ModelConfig
 from gandist.models.dcgan import DCGANGenerator, DCGANTrunk
-from gandist.models.heads import AuxiliaryClassifierHead, Discriminator, DiscriminatorOutput, ProjectionHead
+from gandist.models.heads import AuxiliaryClassifierHead, Discriminator, DiscriminatorOutput, ProjectionHead, UnconditionalHead
 
 __all__ = ["Discriminator", "DiscriminatorOutput", "build_discriminator", "build_generator"]
 
 FAMILIES = {"dcgan": (DCGANGenerator, DCGANTrunk)}
-HEADS = {"projection": ProjectionHead, "auxiliary": AuxiliaryClassifierHead}
+HEADS = {"projection": ProjectionHead, "auxiliary": AuxiliaryClassifierHead, "none": UnconditionalHead}
 
 
 def build_generator(model: ModelConfig, data: DataConfig) -> nn.Module:

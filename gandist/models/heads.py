@@ -29,9 +29,23 @@ class ProjectionHead(nn.Module):
         self.classifier = nn.Linear(features, num_classes)
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """features [B, F], labels int64 [B] → logits [B], class_logits [B, K]"""
-        match = (self.embedding(labels) * features).sum(1)
+        """features [B, F], labels int64 [B], −1 for none → logits [B], class_logits [B, K]"""
+        match = (self.embedding(labels.clamp(min=0)) * features).sum(1) * (labels >= 0)
         return self.adversarial(features).squeeze(1) + match, self.classifier(features)
+
+
+class UnconditionalHead(nn.Module):
+    """For data without classes: one logit, and class logits of no classes."""
+
+    guides_generator = False
+
+    def __init__(self, features: int, num_classes: int):
+        super().__init__()
+        self.adversarial = spectral_norm(nn.Linear(features, 1))
+
+    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """features [B, F], labels int64 [B] (unused) → logits [B], class_logits [B, 0]"""
+        return self.adversarial(features).squeeze(1), features[:, :0]
 
 
 class AuxiliaryClassifierHead(nn.Module):

@@ -59,18 +59,24 @@ def _mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class ConditionalBatchNorm(nn.Module):
-    """Synchronized batch norm whose gain and bias belong to the class (Dumoulin et al. 2017, 1610.07629)."""
+    """Synchronized batch norm whose gain and bias belong to the class (Dumoulin et al. 2017, 1610.07629).
+
+    Without classes all images share one gain and bias.
+    """
 
     def __init__(self, channels: int, num_classes: int):
         super().__init__()
         self.norm = SyncBatchNorm(channels, affine=False)
-        self.gain = nn.Embedding(num_classes, channels)
-        self.bias = nn.Embedding(num_classes, channels)
+        self.gain = nn.Embedding(num_classes or 1, channels)
+        self.bias = nn.Embedding(num_classes or 1, channels)
+        self.num_classes = num_classes
         nn.init.zeros_(self.gain.weight)
         nn.init.zeros_(self.bias.weight)
 
     def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """x [B, C, H, W], labels int64 [B] → [B, C, H, W]"""
+        if not self.num_classes:
+            labels = torch.zeros_like(labels)
         gain = 1 + self.gain(labels)[:, :, None, None]
         bias = self.bias(labels)[:, :, None, None]
         return torch.addcmul(bias, self.norm(x), gain)
