@@ -20,7 +20,7 @@ from gandist.data import evaluation_batches, open_dataset, training_batches
 from gandist.data.decode import ImageFormat
 from gandist.data.loader import EvaluationBatches, TrainingBatches, load_batches
 from gandist.data.order import SampleOrder, permutation
-from gandist.data.pack import DIGITS_SHARDS, encode_png, main, pack_digits
+from gandist.data.pack import encode_png
 from gandist.data.shards import ShardDataset, find_shards, scan
 from gandist.distributed import World, join_world
 from gandist.errors import DataError
@@ -119,29 +119,6 @@ def test_index_agrees_with_webdataset(cache_dir: Path) -> None:
         assert f"sample '{expected['__key__']}'" in str(sample)
         count += 1
     assert count == 1437
-
-
-def test_digits_are_stratified_and_reproducible(tmp_path: Path, cache_dir: Path, world: World) -> None:
-    info = json.loads((cache_dir / "digits-16" / "_info.json").read_text())
-    train, test = info["splits"]["train"], info["splits"]["test"]
-    assert (train["num_samples"], test["num_samples"]) == (1437, 360)
-    assert set(test["class_counts"]) <= {35, 36, 37}
-    pack_digits(tmp_path / "again")
-    for file in (cache_dir / "digits-16").iterdir():
-        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
-    config = DataConfig(cache_dir=cache_dir)
-    splits = [open_dataset(spec, config, world) for spec in (config.train, config.test)]
-    images = [{sample.image for sample in split.read(range(len(split)))} for split in splits]
-    assert not images[0] & images[1]
-
-
-def test_pack_command(tmp_path: Path, capsys) -> None:
-    main(["digits", str(tmp_path / "d"), "--resolution", "32"])
-    assert "packed digits at 32 px" in capsys.readouterr().out
-    assert len(list((tmp_path / "d").glob("*.tar"))) == sum(map(len, DIGITS_SHARDS.values()))
-    with pytest.raises(DataError, match="exists already"):
-        main(["digits", str(tmp_path / "d")])
-    assert [path.name for path in tmp_path.iterdir()] == ["d"]
 
 
 def test_find_shards(tmp_path: Path) -> None:
