@@ -89,7 +89,7 @@ def write_shards(
     """
     partial = folder.with_name(f"{folder.name}.partial")
     with _only_process(folder, partial):
-        _check_plan(partial, folder, _digest(name, classes, shards, encoding))
+        _check_plan(partial, _digest(name, classes, shards, encoding))
         job = _Job(shards, encoding, partial, _shared_zeros(len(shards)), _shared_zeros(1))
         failures = _write_missing(job, workers)
         if failures:
@@ -148,7 +148,7 @@ def _digest(name: str, classes: list[str] | None, shards: Sequence[Shard], encod
     return digest.hexdigest()
 
 
-def _check_plan(partial: Path, folder: Path, digest: str) -> None:
+def _check_plan(partial: Path, digest: str) -> None:
     """Begins a partial folder, or checks that it was begun for the same. Raises DataError."""
     for leftover in partial.glob("*.tmp"):
         leftover.unlink()
