@@ -1,6 +1,7 @@
 """The input: shards → order → loader → `Batch` → device."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import numpy as np
 
@@ -98,6 +99,7 @@ def _open(found: ShardList, config: DataConfig, image_format: ImageFormat, world
 def _built_in_digits(spec: str, config: DataConfig, world: World) -> list[str]:
     # Imported here, as `python -m gandist.data.pack` imports this package first.
     from gandist.data.pack import DIGITS_SHARDS, pack_digits, shard_names
+    from gandist.data.writer import FolderExists
 
     split = spec.removeprefix(BUILT_IN)
     if split not in DIGITS_SHARDS:
@@ -106,6 +108,7 @@ def _built_in_digits(spec: str, config: DataConfig, world: World) -> list[str]:
         )
     folder = config.cache_folder / f"digits-{config.resolution}"
     with world.together():
-        if world.local_rank == 0 and not folder.exists():
-            pack_digits(folder, config.resolution)
+        if world.local_rank == 0:
+            with suppress(FolderExists):  # from before, or packed by another node meanwhile
+                pack_digits(folder, config.resolution)
     return [str(folder / name) for name in shard_names(split)]
