@@ -60,6 +60,11 @@ class Evaluator:
         self.settings = config.evaluation
         self.num_fakes = self.settings.num_images or len(train_set)
         self.test_set = config.data.test and open_dataset(config.data.test, config.data, world, split="test")
+        if self.test_set and (shared := {*self.test_set.shards.shards} & {*train_set.shards.shards}):
+            raise ConfigError(
+                f"data.test names {min(map(str, shared))}, which data.train names too: name images that are not trained on, "
+                "or say data.test=null"
+            )
         self.judge: DigitsJudge | None = None
         if {"fd_classifier", "gan_test"} & set(self.settings.metrics):
             self._open_judge()
