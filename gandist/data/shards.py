@@ -4,7 +4,7 @@ import hashlib
 import os
 import resource
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -63,6 +63,7 @@ class ShardDataset:
         self.is_cached = any(map(storage.is_cached, shards))
         self._storage = storage
         self._ends = np.cumsum(self.shard_sizes)
+        self._starts = self._ends - self.shard_sizes
         self._opened: OrderedDict[int, OpenShard] = OrderedDict()
         self._capacity = _allow_open_files()
 
@@ -90,34 +91,32 @@ class ShardDataset:
         names = "".join(f"{shard.name} {size}\n" for shard, size in zip(self.shards, self.shard_sizes, strict=True))
         return {"shards": hashlib.sha256(names.encode()).hexdigest(), "content": self.content}
 
-    def read(self, samples: Iterable[int]) -> list[RawSample]:
+    def read(self, samples: Sequence[int]) -> list[RawSample]:
         """The samples of these ids. Raises DataError where a shard cannot be read, or is shorter than its index says."""
-        samples = list(samples)
-        read: dict[int, RawSample] = {}
-        for sample in sorted(samples):  # as they lie on the disk
-            if sample not in read:
-                read[sample] = self._read(sample)
-        return [read[sample] for sample in samples]
+        ids, places = np.unique(samples, return_inverse=True)  # in the order in which they lie on the disk
+        shards, rows = self._locate(ids)
+        read = list(map(self._read, shards.tolist(), rows.tolist()))
+        return [read[place] for place in places.tolist()]
 
     def describe(self, sample: int) -> str:
         """Names a sample to a person: shard, key, byte offset."""
-        shard, row = self._locate(sample)
+        shard, row = map(int, self._locate(sample))
         opened = self._open(shard)
         offset = int(opened.table[row, OFFSET])
         return f"{self.shards[shard]}: sample '{key_at(opened.file, offset)}' (byte {offset})"
 
     def after(self, sample: int) -> Iterator[int]:
         """The other samples of the same shard, in order from this one on, and around."""
-        shard, row = self._locate(sample)
+        shard, row = map(int, self._locate(sample))
         size = self.shard_sizes[shard]
         return (sample - row + (row + step) % size for step in range(1, size))
 
-    def _locate(self, sample: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self._ends, sample, "right"))
-        return shard, int(sample - self._ends[shard] + self.shard_sizes[shard])
+    def _locate(self, samples: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+        """The shard of each sample and its row there, int64 of the same shape."""
+        shards = np.searchsorted(self._ends, samples, "right")
+        return shards, samples - self._starts[shards]
 
-    def _read(self, sample: int) -> RawSample:
-        shard, row = self._locate(sample)
+    def _read(self, shard: int, row: int) -> RawSample:
         opened = self._open(shard)
         offset, size, label = opened.table[row].tolist()
         try:
