@@ -2,8 +2,9 @@
 
 import multiprocessing.util
 import signal
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
 from typing import NamedTuple, Protocol
@@ -21,6 +22,7 @@ from gandist.errors import DataError
 from gandist.preemption import ignore_signals
 
 PREFETCHED_BATCHES = 4
+SHARED_BATCHES = PREFETCHED_BATCHES + 1  # of a worker: those asked of it, and the one that is being copied
 PLANNED_BATCHES = 16  # whose samples are looked up at once
 
 
@@ -100,24 +102,39 @@ class ShardReader:
     dataset: ShardDataset
     image_format: ImageFormat
     skip: bool = False
+    _shared: deque[torch.Tensor] = field(default_factory=deque, init=False, repr=False)
 
     def __call__(self, samples: Sequence[int]) -> Batch:
-        """Sample ids [B] → Batch. Raises DataError."""
+        """Sample ids [B] → Batch; in a worker, its images are overwritten SHARED_BATCHES later. Raises DataError."""
         raw_samples = self.dataset.read(samples)
-        images = np.empty((len(raw_samples), *self.image_format.shape), np.uint8)
+        images = self._room(len(raw_samples))
+        pixels = images.numpy()
         labels = np.array([raw.label for raw in raw_samples], np.int64)
         skipped = {}
         for place, raw in enumerate(raw_samples):
             try:
-                decode_into(images[place], raw.image, self.image_format)
+                decode_into(pixels[place], raw.image, self.image_format)
             except ImageError as error:
                 sample = int(samples[place])
                 failure = f"{self.dataset.describe(sample)}: {error}"
                 if not self.skip:
                     raise DataError(failure) from error
-                labels[place] = self._substitute(images[place], sample, failure)
+                labels[place] = self._substitute(pixels[place], sample, failure)
                 skipped[sample] = failure
-        return Batch(torch.from_numpy(images), torch.from_numpy(labels), skipped)
+        return Batch(images, torch.from_numpy(labels), skipped)
+
+    def _room(self, count: int) -> torch.Tensor:
+        """Memory for a batch, uint8 [count, H, W, C]: in a worker shared with the main process, one of several in turn.
+
+        The pages of new shared memory take half as long as decoding into them, and used ones nothing.
+        """
+        if get_worker_info() is None:
+            return torch.from_numpy(np.empty((count, *self.image_format.shape), np.uint8))
+        room = self._shared.popleft() if len(self._shared) == SHARED_BATCHES else None
+        if room is None or len(room) < count:
+            room = torch.empty((count, *self.image_format.shape), dtype=torch.uint8).share_memory_()
+        self._shared.append(room)
+        return room[:count]
 
     def _substitute(self, pixels: np.ndarray, sample: int, failure: str) -> int:
         """Decodes another sample in its place; returns its label."""
@@ -164,7 +181,10 @@ def load_batches(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Batches in their order, read in `num_workers` processes. Raises DataError for a sample that cannot be used."""
+    """Batches in their order, read in `num_workers` processes. Raises DataError for a sample that cannot be used.
+
+    pin_memory: copy them to page-locked memory, for a GPU, which there must be
+    """
     pipeline = wds.DataPipeline(_Source(batches, dataset), wds.map(partial(_read, reader=reader)))
     workers = {"prefetch_factor": PREFETCHED_BATCHES, "worker_init_fn": _init_worker} if num_workers else {}
     if num_workers:
@@ -174,7 +194,9 @@ def load_batches(
         # Workers pass errors as values: an exception would arrive with its text buried in the worker's traceback.
         if isinstance(batch, DataError):
             raise batch
-        yield Batch(*batch)
+        images, labels, skipped = batch
+        # Pinning has copied them already; otherwise the worker will overwrite them.
+        yield Batch(images.clone() if num_workers and not pin_memory else images, labels, skipped)
 
 
 def _read(samples: np.ndarray | DataError, reader: Callable[[Sequence[int]], Batch]) -> Batch | DataError:
