@@ -158,6 +158,7 @@ def measure(contestant: Contestant, size: int, parent: Path, seconds: float) -> 
     cpu = _cpu_seconds()
     images, wall = _consume(batches, seconds)
     cpu = _cpu_seconds() - cpu
+    _come_to_rest()
     del batches  # ends its workers
     gc.collect()
     return Speed(images / cpu, images / wall)
@@ -170,6 +171,14 @@ def _consume(batches: Iterator, seconds: float) -> tuple[int, float]:
         next(batches)
         taken += 1
     return taken * BATCH_SIZE, time.perf_counter() - start
+
+
+def _come_to_rest() -> None:
+    """Waits for workers to fill their queues: ended while they send a batch, they may abort with a message of torch's."""
+    before = -1.0
+    while (now := _cpu_seconds()) - before > 0.02:
+        before = now
+        time.sleep(0.2)
 
 
 def _cpu_seconds() -> float:

@@ -39,9 +39,10 @@ class PhotoSet:
 
     def _write(self, folder: Path) -> None:
         with tqdm(total=self.samples, desc=f"making {self.size} px photos", unit="img", disable=None) as progress:
+            size = self.samples // self.shards
             for shard in range(self.shards):
                 with wds.TarWriter(str(folder / f"{shard:04d}.tar"), mtime=0) as writer:
-                    for sample in range(shard, self.samples, self.shards):
+                    for sample in range(shard * size, (shard + 1) * size):
                         writer.write({"__key__": f"{sample:08d}", "jpg": self.jpeg(sample), "cls": str(sample % CLASSES)})
                         progress.update()
 

@@ -26,6 +26,7 @@ ROWS = [
     "gandist.data.prefetch",
     "gandist.data.loader",
     "gandist.data.memory",
+    "gandist.data.check",
     "gandist.data.device",
     "gandist.data.encode",
     "gandist.data.collections",

@@ -72,7 +72,8 @@ class _Info:
 def find_shards(spec: str | Sequence[str], remote: Remote, *, split: str = "train") -> ShardList:
     """The shards that `spec` names: folders, globs, braces (`train-{0000..0007}.tar`), URLs, wids indices, lists of these.
 
-    Of a folder whose `_info.json` lists splits, `split` is taken: train or test. Raises DataError with all that is missing.
+    Of a folder whose `_info.json` lists splits, `split` is taken: train or test, or another by its name. Raises DataError
+    with all that is missing.
     """
     folders = _Folders(remote)
     shards, missing = [], []
@@ -92,6 +93,11 @@ def find_shards(spec: str | Sequence[str], remote: Remote, *, split: str = "trai
     if packed := [url for url in urls if url.endswith(_COMPRESSED)]:
         raise DataError(f"{packed[0]}: compressed shards cannot be read at random: unpack them to .tar ({len(packed)} such)")
     return _declared(shards, folders)
+
+
+def split_names(folder: str, remote: Remote) -> list[str]:
+    """The splits that `_info.json` in a folder lists; empty without. Raises DataError."""
+    return list(_Folders(remote).info(folder).splits)
 
 
 def _expand(entry: str) -> list[str]:
@@ -125,10 +131,11 @@ def _named(name: str, folders: "_Folders", remote: Remote, split: str) -> Iterab
 
 def _in_folder(folder: str, folders: "_Folders", remote: Remote, split: str) -> Iterable[Shard]:
     if splits := folders.info(folder).splits:
-        names = [name for name in SPLITS[split] if name in splits] or (list(splits) if len(splits) == 1 else [])
+        wanted = SPLITS[split] if split in SPLITS and split not in splits else (split,)
+        names = [name for name in wanted if name in splits] or (list(splits) if len(splits) == 1 else [])
         if not names:
             raise DataError(
-                f"{folder}: its _info.json has the splits {', '.join(splits)}, none of them {' or '.join(SPLITS[split])}: "
+                f"{folder}: its _info.json has the splits {', '.join(splits)}, none of them {' or '.join(wanted)}: "
                 "name the shards by a pattern"
             )
         return [
