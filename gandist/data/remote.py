@@ -2,9 +2,10 @@
 
 import os
 import selectors
+import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,7 @@ def is_remote(url: str) -> bool:
     return "://" in url or url.startswith(PIPE)
 
 
-def retrying(slowest: float = 30.0) -> Retrying:
+def retrying(slowest: float) -> Retrying:
     """Tries up to TRIES times what raises TransientError, after random waits of at most `slowest` seconds."""
     return Retrying(
         retry=retry_if_exception_type(TransientError),
@@ -52,7 +53,7 @@ class Remote:
         if not is_remote(url):
             path = Path(url)
             return path.read_bytes() if path.is_file() else None
-        for attempt in retrying():
+        for attempt in retrying(self.timeout):
             with attempt:
                 try:
                     with self.stream(url) as (_, chunks):
@@ -79,27 +80,25 @@ class Remote:
             opened = self._get(url)
         else:
             opened = _open_with_fsspec(url)
-        with opened as (size, chunks):
+        with ExitStack() as stack:
+            with _as_data_errors(url):
+                size, chunks = stack.enter_context(opened)
             yield size, _whole(chunks, size, url)
 
     @contextmanager
     def _get(self, url: str) -> Iterator[tuple[int | None, Iterator[bytes]]]:
         headers = {"Accept-Encoding": "identity"}
-        try:
-            with requests.get(url, stream=True, timeout=self.timeout, headers=headers) as response:
-                answer = f"{url}: HTTP {response.status_code} {response.reason}"
-                if response.status_code in (404, 410):
-                    raise FileNotFoundError(answer)
-                if response.status_code in _TRY_AGAIN:
-                    raise TransientError(answer)
-                if not response.ok:
-                    raise DataError(f"{answer}: check the address and your access to it")
-                size = response.headers.get("Content-Length")
-                yield size and int(size), response.iter_content(_CHUNK)
-        except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-            raise TransientError(f"{url}: {_root_cause(error)}") from error
-        except requests.RequestException as error:
-            raise DataError(f"{url}: {error}") from error
+        with requests.get(url, stream=True, timeout=self.timeout, headers=headers) as response:
+            answer = f"{url}: HTTP {response.status_code} {response.reason}"
+            if response.status_code in (404, 410):
+                raise FileNotFoundError(answer)
+            if response.status_code in _TRY_AGAIN:
+                raise TransientError(answer)
+            if not response.ok:
+                raise DataError(f"{answer}: check the address and your access to it")
+            encoded = "Content-Encoding" in response.headers  # although not asked for; the length is then another
+            size = None if encoded else response.headers.get("Content-Length")
+            yield size and int(size), response.iter_content(_CHUNK)
 
     @contextmanager
     def _run(self, command: str) -> Iterator[tuple[None, Iterator[bytes]]]:
@@ -114,57 +113,61 @@ class Remote:
                 selector.register(process.stdout, selectors.EVENT_READ)
                 while selector.select(self.timeout):
                     if not (chunk := os.read(process.stdout.fileno(), _CHUNK)):
-                        if status := process.wait():
-                            raise TransientError(f"{PIPE}{command}: exit status {status}")
-                        return
+                        break
                     yield chunk
-            raise TransientError(f"{PIPE}{command}: no output for {self.timeout:g} s")
+                else:
+                    raise TransientError(f"{PIPE}{command}: no output for {self.timeout:g} s")
+            if status := process.wait(self.timeout):
+                raise TransientError(f"{PIPE}{command}: exit status {status}")
 
         try:
             yield None, chunks()
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, 9)
+            if process.returncode is None:  # nobody has waited for it: its group is still its own, whether it lives or not
+                os.killpg(process.pid, signal.SIGKILL)
             process.stdout.close()
             process.wait()
 
 
 def _whole(chunks: Iterator[bytes], size: int | None, url: str) -> Iterator[bytes]:
     received = 0
-    for chunk in chunks:
-        received += len(chunk)
-        yield chunk
+    with _as_data_errors(url):
+        for chunk in chunks:
+            received += len(chunk)
+            yield chunk
     if size is not None and received != size:
         raise TransientError(f"{url}: ended after {received} of {size} bytes")
 
 
 @contextmanager
 def _open_with_fsspec(url: str) -> Iterator[tuple[int | None, Iterator[bytes]]]:
-    with _as_data_errors(url):
-        filesystem, path = fsspec.url_to_fs(url)
-        with filesystem.open(path, "rb") as file:
-            yield filesystem.size(path), iter(lambda: file.read(_CHUNK), b"")
+    filesystem, path = fsspec.url_to_fs(url)
+    with filesystem.open(path, "rb") as file:
+        yield filesystem.size(path), iter(lambda: file.read(_CHUNK), b"")
 
 
 @contextmanager
 def _as_data_errors(url: str) -> Iterator[None]:
+    """What the libraries behind URLs raise, which is their own. The caller's errors do not pass here."""
     scheme = url.partition("://")[0]
     try:
         yield
-    except (FileNotFoundError, DataError):
+    except DataError:
         raise
+    except FileNotFoundError as error:
+        raise FileNotFoundError(str(error) if url in str(error) else f"{url}: there is no such file") from error
     except ImportError as error:
         extra = _EXTRAS.get(scheme)
         what = f"pip install 'gandist[{extra}]'" if extra else str(error)
         raise DataError(f"{url}: {scheme}:// needs a package that is not installed: {what}") from error
     except (PermissionError, ValueError, NotImplementedError) as error:
         raise DataError(f"{url}: {error}") from error
-    except (OSError, TimeoutError) as error:
-        raise TransientError(f"{url}: {error}") from error
+    except Exception as error:
+        raise TransientError(f"{url}: {_root_cause(error)}") from error
 
 
 def _root_cause(error: BaseException) -> str:
     """requests wraps urllib3's exceptions, which wrap the system's."""
     while error.args and isinstance(error.args[0], BaseException):
         error = error.args[0]
-    return str(getattr(error, "reason", None) or error)
+    return str(getattr(error, "reason", None) or error) or type(error).__name__
