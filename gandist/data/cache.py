@@ -9,7 +9,8 @@ import errno
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -42,69 +43,76 @@ class ShardCache:
             try:
                 file = path.open("rb")
             except FileNotFoundError:
-                partial = path.with_suffix(_PARTIAL)
                 try:
                     for attempt in retrying(self.remote.timeout):
-                        with attempt:
+                        with attempt, self._arriving(path) as partial:
                             self._download(url, partial)
-                    arrived(partial)
-                    file = partial.open("rb")
-                    partial.rename(path)
+                            arrived(partial)
+                            file = partial.open("rb")
+                            partial.rename(path)
                 except FileNotFoundError as error:
                     raise DataError(f"{error}: restore it, or correct data.train and data.test") from error
-                finally:
-                    partial.unlink(missing_ok=True)
             else:
-                os.utime(path)
+                os.utime(file.fileno())  # not the path, which may have been evicted by now
             return file
 
     def _path(self, url: str) -> Path:
         return self.folder / f"{hashlib.sha256(url.encode()).hexdigest()[:32]}{_SHARD}"
 
     def _download(self, url: str, partial: Path) -> None:
-        with self.remote.stream(url) as (size, chunks):
-            try:
-                self._reserve(url, partial, size or 0)
-                with partial.open("r+b") as file:
-                    for chunk in chunks:
-                        file.write(chunk)
-                if size is None:
-                    self._make_room(0)
-            except OSError as error:
-                if error.errno in _NO_ROOM and self._evict_oldest():
-                    raise TransientError(f"{partial}: {error.strerror}") from error
-                raise DataError(f"{partial}: {error.strerror}: make room, or set data.cache_dir to another disk") from error
+        with self.remote.stream(url) as (size, chunks), partial.open("wb") as file:
+            received, reserved = 0, size or 0
+            self._reserve(url, file, reserved)
+            for chunk in chunks:
+                received += len(chunk)
+                if received > reserved:  # the size was not told
+                    reserved = max(received, min(received * 5 // 4, self.limit))
+                    self._reserve(url, file, reserved)
+                file.write(chunk)
+            file.truncate(received)
 
-    def _reserve(self, url: str, partial: Path, size: int) -> None:
-        """Makes `partial`, of its full size, where that fits within the limit and on the disk."""
+    @contextmanager
+    def _arriving(self, path: Path) -> Iterator[Path]:
+        """The name under which a shard arrives. What is not renamed goes, and takes no room until the next try."""
+        partial = path.with_suffix(_PARTIAL)
+        try:
+            yield partial
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            failure = TransientError if error.errno in _NO_ROOM and self._evict_oldest() else DataError
+            raise failure(f"{partial}: {error.strerror}: make room, or set data.cache_dir to another disk") from error
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _reserve(self, url: str, file: BinaryIO, size: int) -> None:
+        """Extends `file` to `size` bytes where that fits within the limit and on the disk."""
         if size > self.limit:
-            raise DataError(f"{url}: {size:,} bytes are more than data.cache_limit={self.limit:,}: raise it")
-        partial.unlink(missing_ok=True)
-        while not self._make_room(size, partial):
+            raise DataError(f"{url}: {size:,} bytes or more do not fit into data.cache_limit={self.limit:,}: raise it")
+        while not self._make_room(file.fileno(), size):
+            if os.fstat(file.fileno()).st_size:  # two that wait for each other's room would wait for ever
+                raise TransientError(f"{url}: finds no room beside other downloads in data.cache_limit={self.limit:,}")
             time.sleep(0.2)  # others' downloads fill the limit: when they are done, they may be evicted
 
-    def _make_room(self, size: int, partial: Path | None = None) -> bool:
-        """Evicts until `size` bytes more fit and makes them `partial`; False if only running downloads are left."""
+    def _make_room(self, file: int, size: int) -> bool:
+        """Extends the file behind this descriptor, evicting for it; False if only running downloads are left."""
         with FileLock(self.folder / "room.lock"):
-            while self._used() + size > self.limit:
+            while self._used() + size - os.fstat(file).st_size > self.limit:
                 if not (self._evict_oldest() or self._clear_abandoned()):
                     return False
-            if partial is not None:
-                with partial.open("wb") as file:
-                    while size:
-                        try:
-                            os.posix_fallocate(file.fileno(), 0, size)
-                            break
-                        except OSError as error:
-                            if error.errno not in _NO_ROOM:
-                                file.truncate(size)  # a file system that cannot reserve
-                                break
-                            if not (self._evict_oldest() or self._clear_abandoned()):
-                                raise
+            while (held := os.fstat(file).st_size) < size:
+                try:
+                    os.posix_fallocate(file, held, size - held)
+                except OSError as error:
+                    if error.errno not in _NO_ROOM:
+                        os.ftruncate(file, size)  # a file system that cannot reserve
+                    elif not (self._evict_oldest() or self._clear_abandoned()):
+                        raise
         return True
 
     def _used(self) -> int:
-        return sum(size for _, size, _ in self._files(_SHARD) + self._files(_PARTIAL))
+        # In this order, what is renamed in between counts twice, not never.
+        return sum(size for suffix in (_PARTIAL, _SHARD) for _, size, _ in self._files(suffix))
 
     def _evict_oldest(self) -> bool:
         for _, _, path in sorted(self._files(_SHARD))[:1]:
