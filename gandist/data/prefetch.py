@@ -26,24 +26,24 @@ class Prefetcher:
             return
         if list(shards) != self._plan:
             self._plan = list(shards)
-            self._queue = deque(self._plan)
-            self._sizes = {shard: size for shard, size in self._sizes.items() if shard in self._plan}
+            self._queue.clear()
+            self._queue.extend(self._plan)
         self._threads = [thread for thread in self._threads if thread.is_alive()]
         for _ in range(min(PARALLEL_DOWNLOADS - len(self._threads), len(self._queue))):
-            thread = threading.Thread(target=self._fetch, args=(self._queue,), daemon=True)
+            thread = threading.Thread(target=self._fetch, daemon=True)
             thread.start()
             self._threads.append(thread)
-        if sum(list(self._sizes.values())) > self._dataset.cache_limit:
+        if sum(self._sizes.get(shard, 0) for shard in {*self._plan}) > self._dataset.cache_limit:
             raise DataError(
                 f"data.cache_limit={self._dataset.cache_limit:,} bytes hold less than the {len(self._plan)} shards that are "
                 "shuffled together now and next, which would be downloaded again and again: raise it, or lower "
                 "data.shuffle_block"
             )
 
-    def _fetch(self, queue: deque[int]) -> None:
+    def _fetch(self) -> None:
         while True:
             try:
-                shard = queue.popleft()
+                shard = self._queue.popleft()
                 self._sizes[shard] = self._dataset.fetch(shard)
             except IndexError:
                 return
