@@ -1,6 +1,7 @@
 """Where a node reads shards from: in place, or from its cache of remote ones. It keeps the index of each."""
 
 import hashlib
+import io
 import os
 import threading
 from pathlib import Path
@@ -96,7 +97,11 @@ def _load(index: Path) -> np.ndarray | None:
 def _store(index: Path, table: np.ndarray) -> np.ndarray:
     index.parent.mkdir(parents=True, exist_ok=True)
     partial = index.with_suffix(f".{os.getpid()}.{threading.get_ident()}.tmp")
-    with partial.open("wb") as file:
-        np.save(file, table)
-    partial.replace(index)
+    content = io.BytesIO()
+    np.save(content, table)  # into a file it would not say that the disk is full
+    try:
+        partial.write_bytes(content.getbuffer())
+        partial.replace(index)
+    finally:
+        partial.unlink(missing_ok=True)
     return table
