@@ -409,6 +409,15 @@ def test_nothing_in_an_object_store(store, cache_dir, world, name) -> None:
         open_patiently(f"{store}/{name}", cache_dir, world)
 
 
+def test_an_object_store_without_credentials(bucket, cache_dir, world, monkeypatch) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    with pytest.raises(DataError, match=rf"{bucket}/\*\.tar: .*credentials"):
+        open_patiently(f"{bucket}/*.tar", cache_dir, world)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
 def test_an_object_store_without_its_package(cache_dir, world) -> None:
     with pytest.raises(DataError, match=r"gs://bucket/0\.tar.*pip install 'gandist\[gcs\]'"):
         open_patiently("gs://bucket/0.tar", cache_dir, world)
