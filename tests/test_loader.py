@@ -234,5 +234,20 @@ def test_skipped_images_are_replaced_by_the_next_of_their_shard(tmp_path: Path, 
         next(dataset(in_memory=0, num_workers=0).evaluation_batches(20))
 
 
+@pytest.mark.parametrize(("step", "block", "warned"), [(1, 0, False), (1, 2, True), (7, 2, False)])
+def test_shards_that_are_sorted_by_class_are_warned_of(tmp_path, world, capsys, step, block, warned) -> None:
+    numbers = [i * step % 100 for i in range(100)]
+    for shard in range(10):
+        members = [
+            (f"{i}.{end}", value)
+            for i in numbers[shard * 10 : shard * 10 + 10]
+            for end, value in (("png", png(4)), ("cls", str(i // 10).encode()))
+        ]
+        write_tar(tmp_path / f"{shard}.tar", members)
+    options = DataConfig(cache_dir=tmp_path / "cache", resolution=4, shuffle_block=block)
+    open_dataset(str(tmp_path), options, world)
+    assert ("sorted by class" in capsys.readouterr().out) == warned
+
+
 def _sample(number: int, bad: bool) -> list[tuple[str, bytes]]:
     return [("png", b"junk" if bad else png(4, number)), ("cls", str(number % 10).encode())]

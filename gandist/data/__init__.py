@@ -22,6 +22,8 @@ from gandist.errors import DataError
 
 __all__ = ["Batch", "Dataset", "DeviceBatch", "normalize", "open_dataset", "to_uint8"]
 
+SORTED_BY_CLASS = 0.5  # a class mixing below this
+
 
 class Dataset:
     """A data set as a configuration describes it, opened by all ranks together.
@@ -39,6 +41,12 @@ class Dataset:
         shards = _open(found, config, image_format, world)
         self.shards = shards
         self.class_counts = shards.class_counts if shards.class_counts.any() else np.ones_like(shards.class_counts)
+        if config.shuffle_block and (shards.class_mixing or 1) < SORTED_BY_CLASS and world.is_main:
+            print(
+                "warning: the shards are sorted by class, so data.shuffle_block makes batches of few classes: pack the images "
+                "anew in shuffled order, or say data.shuffle_block=0",
+                flush=True,
+            )
         self._read = ShardReader(shards, image_format, skip=config.on_error == "skip")
         self._num_workers = config.num_workers
         if shards.identity and decoded_size(len(shards), image_format) <= config.in_memory:

@@ -18,6 +18,7 @@ from gandist.errors import DataError
 SHARDS_A_ROUND = 16  # that a rank scans between two exchanges, so that no rank waits longer than for these
 _NAMED = 100  # failures in one report
 _OPEN_SHARDS = 4096
+_MIXING_SHARDS = 100  # that are looked at
 
 
 class RawSample(NamedTuple):
@@ -41,6 +42,7 @@ class ShardDataset:
     class_counts: labelled samples of each class, int64 [num_classes]; zeros where they are not known
     content:      tells this content from other data; None where the shards have not all been seen
     identity:     tells these very files, at the time they were seen, from any others; None likewise
+    class_mixing: classes in a shard, as a share of those that samples drawn at random would have; None where not known
     is_cached:    whether shards are copied to this node's disk before they are read
     """
 
@@ -53,6 +55,7 @@ class ShardDataset:
         class_counts: np.ndarray,
         content: str | None = None,
         identity: str | None = None,
+        class_mixing: float | None = None,
     ):
         self.shards = tuple(shards)
         self.shard_sizes = tuple(shard_sizes)
@@ -60,6 +63,7 @@ class ShardDataset:
         self.class_counts = class_counts
         self.content = content
         self.identity = identity
+        self.class_mixing = class_mixing
         self.is_cached = any(map(storage.is_cached, shards))
         self._storage = storage
         self._ends = np.cumsum(self.shard_sizes)
@@ -183,7 +187,8 @@ def open_shards(found: ShardList, storage: Storage, policy: LabelPolicy, world: 
     content = hashlib.sha256(b"".join(entry.content for entry in ordered)).hexdigest()
     identity = hashlib.sha256(f"{content} {[entry.index for entry in ordered]}".encode()).hexdigest()
     class_counts = sum(entry.class_counts for entry in ordered)
-    return ShardDataset(shards, [entry.count for entry in ordered], storage, policy, class_counts, content, identity)
+    mixing = _class_mixing(ordered, class_counts)
+    return ShardDataset(shards, [entry.count for entry in ordered], storage, policy, class_counts, content, identity, mixing)
 
 
 class _Seen(NamedTuple):
@@ -201,6 +206,15 @@ def _see(shard: Shard, storage: Storage, policy: LabelPolicy, world: World) -> _
         class_counts = np.bincount(labels[labels >= 0] if policy.num_classes else [], minlength=policy.num_classes)
         table = np.array(opened.table) if world.size > world.local_size else None
         return _Seen(len(labels), class_counts, content_id(opened.file), opened.index.name, table)
+
+
+def _class_mixing(seen: Sequence[_Seen], class_counts: np.ndarray) -> float | None:
+    if not class_counts.any():
+        return None
+    some = [entry.class_counts for entry in seen[:: -(-len(seen) // _MIXING_SHARDS)]]
+    frequencies = class_counts / class_counts.sum()
+    expected = sum((1 - (1 - frequencies) ** counts.sum()).sum() for counts in some)
+    return float(sum(np.count_nonzero(counts) for counts in some) / expected)
 
 
 def _open_checked(storage: Storage, shard: Shard, policy: LabelPolicy) -> OpenShard:
