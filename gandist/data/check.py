@@ -3,11 +3,9 @@
 import argparse
 import hashlib
 import io
-import json
 import multiprocessing
 import os
 import re
-import shlex
 import signal
 import sys
 import tempfile
@@ -18,7 +16,6 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,13 +27,14 @@ from gandist.config import DataConfig
 from gandist.data.cache import ShardCache
 from gandist.data.decode import ImageError, decode
 from gandist.data.index import LABEL, OFFSET, SIZE, LabelRule, key_at
+from gandist.data.mixing import WINDOW, shuffle_quality
 from gandist.data.remote import Remote, is_remote
 from gandist.data.sources import SPLITS, Shard, ShardList, find_shards, split_names
 from gandist.data.storage import Storage
+from gandist.data.usage import train_command
 from gandist.distributed import run
 from gandist.errors import DataError
 
-WINDOW = 256  # consecutive samples whose classes are counted
 _CHUNK = 256  # images that a process decodes at a time
 _NAMED = 100  # damaged shards and images in a report
 _LISTED = 5  # image sizes, empty classes
@@ -83,21 +81,6 @@ class Findings:
     damage: list[str]
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     formats: Counter[tuple[str, int]] = field(default_factory=Counter)
-
-
-class ShuffleQuality(NamedTuple):
-    """The mean number of classes among WINDOW samples of a shard.
-
-    as_packed: consecutive ones; in_shard: ones drawn from the whole shard; ideal: ones drawn from all shards
-    """
-
-    as_packed: float
-    in_shard: float
-    ideal: float
-
-    def share(self, classes: float) -> float:
-        """1: as many as in shuffled data; 0: one class only."""
-        return (classes - 1) / (self.ideal - 1) if self.ideal > 1 else 1.0
 
 
 @dataclass(frozen=True)
@@ -179,30 +162,6 @@ def look_through(found: ShardList, reader: Reader, executor: Executor) -> Findin
     return findings
 
 
-def expected_classes(class_counts: np.ndarray, drawn: int) -> float:
-    """The expected number of classes among so many samples drawn at random, without replacement, from `class_counts`."""
-    left = class_counts.sum() - np.arange(drawn)
-    missed = (1 - class_counts[:, None] / left).clip(0).prod(axis=1)
-    return float((1 - missed).sum())
-
-
-def shuffle_quality(labels: Sequence[np.ndarray]) -> ShuffleQuality | None:
-    """Of the labelled samples of each shard; None where there are fewer than two classes."""
-    labelled = [shard[shard >= 0] for shard in labels]
-    labelled = [shard for shard in labelled if len(shard)]
-    class_counts = np.unique(np.concatenate(labelled or [[]]), return_counts=True)[1]
-    if len(class_counts) < 2:
-        return None
-    ideal = cache(lambda drawn: expected_classes(class_counts, drawn))
-    means = []
-    for shard in labelled:
-        window = min(WINDOW, len(shard))
-        in_shard = expected_classes(np.unique(shard, return_counts=True)[1], window)
-        windows = shard[: len(shard) // window * window].reshape(-1, window)
-        means += [(len(np.unique(each)), in_shard, ideal(window)) for each in windows]
-    return ShuffleQuality(*np.mean(means, axis=0).tolist())
-
-
 def report(section: Section, findings: Findings) -> str:
     """The findings for a person to read."""
     title = f"{' '.join(section.specs)}{f': {section.split}' if section.split else ''}"
@@ -220,31 +179,28 @@ def report(section: Section, findings: Findings) -> str:
     return "\n".join([title] + [_entry(name, text) for name, text in lines if text])
 
 
-def settings(sections: Sequence[tuple[Section, Findings]], label: str) -> list[str]:
-    """The `key=value` arguments of training that fit these data sets."""
+def recommendation(sections: Sequence[tuple[Section, Findings]], label: str) -> str:
+    """The command that trains on these data sets."""
     found = [findings for _, findings in sections]
     sizes = sum((findings.sizes for findings in found), Counter())
     specs = {
         key: tuple(dict.fromkeys(spec for section, _ in sections if _role(section) == key for spec in section.specs))
         for key in SPLITS
     }
-    chosen = [f"data.{key}={_as_yaml(specs[key])}" for key in SPLITS if specs[key]]
     side = _most_frequent_side(sizes)
     same = len(sizes) == 1 and sizes.keys() == {(side, side)}
-    chosen.append(f"data.resolution={side if same else 1 << side.bit_length() - 1}")
-    if not same:
-        chosen.append("data.resize=center-crop")
-    chosen.append(f"data.channels={max(channels for findings in found for _, channels in findings.formats)}")
     labels = [labels for findings in found for labels in findings.labels]
     num_classes = max(max(int(each.max()) + 1 for each in labels), *(len(section.found.classes) for section, _ in sections))
-    if num_classes < 2 or all((each < 0).all() for each in labels):
-        return [*chosen, "data.num_classes=0"]
-    chosen.append(f"data.num_classes={num_classes}")
-    if label != "cls":
-        chosen.append(f"data.label={label}")
-    if any((each < 0).any() for each in labels):
-        chosen.append("data.unlabelled=allow")
-    return chosen
+    return train_command(
+        specs["train"] or specs["test"],
+        specs["test"] if specs["train"] else (),
+        resolution=side if same else 1 << side.bit_length() - 1,
+        resized=not same,
+        channels=max(channels for findings in found for _, channels in findings.formats),
+        num_classes=num_classes if num_classes > 1 and any((each >= 0).any() for each in labels) else 0,
+        unlabelled=any((each < 0).any() for each in labels),
+        label=label,
+    )
 
 
 def _hashes(keys: Sequence[str]) -> np.ndarray:
@@ -325,11 +281,6 @@ def _most_frequent_side(sizes: Counter[tuple[int, int]]) -> int:
     return sides.most_common(1)[0][0]
 
 
-def _as_yaml(specs: Sequence[str]) -> str:
-    plain = len(specs) == 1 and (specs[0][0].isalnum() or specs[0][0] in "/.~$")
-    return specs[0] if plain else json.dumps(specs[0] if len(specs) == 1 else list(specs))
-
-
 def _format(name: str, channels: int) -> str:
     return f"{name} {'grey' if channels == 1 else 'colour'}"
 
@@ -403,7 +354,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             checked.append((section, look_through(section.found, Reader(shard_cache, rule), executor)))
             print(report(*checked[-1]), end="\n\n", flush=True)
     if any(findings.sizes for _, findings in checked):
-        print("settings that fit:", shlex.join(settings(checked, options.label)))
+        print(f"train on it with:\n  {recommendation(checked, options.label)}")
     if damage := sum(len(findings.damage) for _, findings in checked):
         raise DataError(f"{damage:,} damaged shards or images: restore or replace them")
 

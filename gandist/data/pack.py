@@ -3,7 +3,6 @@
 import argparse
 import os
 import re
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from gandist.data.collections import Collection, Samples, hold_out, image_folder
 from gandist.data.encode import Encoding, encode_png
 from gandist.data.index import UNLABELLED
 from gandist.data.order import permutation
+from gandist.data.usage import train_command
 from gandist.data.writer import ShardPlan, check_absent, cut, write_shards
 from gandist.distributed import run
 from gandist.errors import DataError
@@ -140,19 +140,15 @@ def _summary(folder: Path, info: dict, skipped: Counter[str]) -> str:
 
 
 def _training_command(folder: Path, info: dict) -> str:
-    has_test = len(info["splits"]) > 1
-    size = ["data.resolution={resolution}".format_map(info)] if "resolution" in info else []
-    overrides = [
-        f"data.train={folder}",
-        f"data.test={folder}" if has_test else "data.test=null",
-        *(size or ["data.resolution=64", "data.resize=center-crop"]),
-        f"data.channels={info['channels']}",
-        f"data.num_classes={len(info.get('classes', []))}",
-        *([] if "classes" in info else ["model.conditioning=none"]),
-        *(["data.unlabelled=allow"] if any("unlabelled" in split for split in info["splits"].values()) else []),
-        f"evaluation.metrics={'[accuracy]' if has_test and 'classes' in info else '[]'}",
-    ]
-    return shlex.join(["python", "-m", "gandist.train", *overrides])
+    return train_command(
+        [str(folder)],
+        [str(folder)] if len(info["splits"]) > 1 else [],
+        resolution=info.get("resolution", 64),
+        resized="resolution" not in info,
+        channels=info["channels"],
+        num_classes=len(info.get("classes", [])),
+        unlabelled=any("unlabelled" in split for split in info["splits"].values()),
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
