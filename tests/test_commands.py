@@ -16,6 +16,7 @@ from PIL import Image
 
 from tests.ranks import ROOT, run_command, torchrun
 from tests.test_checkpoint import flip_a_byte
+from tests.web import Web
 
 SHORT = ["train.kimg=1", "checkpoint.every_kimg=0.5", "tracking.every_kimg=0.5", "tracking.wandb=off"]
 
@@ -226,6 +227,32 @@ def test_images_without_labels_train_an_unconditional_gan(tmp_path: Path, cache_
     assert re.search(r"eval/fd_classifier \d+\.\d+", result.stdout)
     result = torchrun(1, "gandist.train", *arguments(tmp_path / "s", cache_dir, "data.num_classes=0"))
     assert_one_error(result, "data.num_classes=0 and model.conditioning=none go together")
+
+
+def test_training_from_a_web_server_is_training_from_disk(tmp_path: Path, cache_dir: Path) -> None:
+    """Blocks of two shards, read ahead through a cache that two ranks share; and a shard that is not there."""
+    block = ["data.shuffle_block=2", "data.in_memory=0", "evaluation.metrics=[accuracy]", "train.kimg=3"]
+    with Web(tmp_path / "web") as web:
+        for file in (cache_dir / "digits-16").iterdir():
+            web.put(f"digits/{file.name}", file.read_bytes())
+        remote = [f"data.train={web.url}/digits", f"data.test={web.url}/digits"]
+        losses = []
+        for name, source in {"disk": [], "web": remote}.items():
+            options = arguments(tmp_path / name, tmp_path / f"{name}-cache", *block, *source)
+            result = torchrun(2, "gandist.train", *options)
+            assert result.returncode == 0, result.stderr
+            rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+            losses.append([(row["loss/discriminator"], row["loss/generator"]) for row in rows])
+        assert losses[0] == losses[1]
+        shards = [path.name for path in (cache_dir / "digits-16").glob("*.tar")]
+        assert [web.asked(f"digits/{name}") for name in shards] == [1] * 7, "both ranks share one download"
+
+        web.will("digits/digits-train-03.tar", then=404)
+        fresh = [*block, *remote, "evaluation.metrics=[]", "data.test=null"]
+        result = torchrun(2, "gandist.train", *arguments(tmp_path / "missing", tmp_path / "new-cache", *fresh), timeout=100)
+        assert result.returncode != 0
+        assert re.search(r"^error.*digits-train-03\.tar: HTTP 404 .*restore it", result.stderr, re.MULTILINE)
+        web.will("digits/digits-train-03.tar", then=200)
 
 
 def test_a_run_that_diverges_stops_and_saves_nothing_broken(tmp_path: Path, cache_dir: Path) -> None:
