@@ -132,7 +132,8 @@ def test_other_layouts_read_unchanged(tmp_path: Path, world: World) -> None:
 
 def test_labels_may_be_names_of_classes(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "x.tar", [("a.png", png(4)), ("a.cls", b"dog"), ("b.png", png(4)), ("b.cls", b"0")])
-    assert scan_file(path, LabelRule("cls", ("cat", "dog")))[:, 2].tolist() == [1, 0]
+    assert scan_file(path, LabelRule("cls", ("cat", "dog")))[:, LABEL].tolist() == [1, 0]
+    assert scan_file(path, LabelRule("cls", ("1", "0", "dog")))[:, LABEL].tolist() == [2, 0], "a number is no name"
     with pytest.raises(DataError, match=r"sample 'a' \(cls\) is b'dog', not an integer nor a name of a class"):
         scan_file(path, LabelRule("cls", ("cat", "bird")))
 

@@ -50,11 +50,12 @@ class LabelRule:
             value = json.loads(value).get(self.source.partition(":")[2])
             if value is None:
                 return UNLABELLED
-        if value in self.classes:
-            return self.classes.index(value)
         if isinstance(value, float | bool):
             raise ValueError(value)
-        return max(int(value), UNLABELLED)
+        try:
+            return max(int(value), UNLABELLED)  # a number is a number, also where classes have numbers for names
+        except ValueError:
+            return self.classes.index(value)
 
 
 def scan(file: BinaryIO, shard: Shard, rule: LabelRule) -> np.ndarray:
