@@ -251,9 +251,7 @@ def main() -> None:
         encoded = sum(path.stat().st_size for path in folder.glob("*.tar")) / photos.samples
         contestants = [*CONTESTANTS, IN_MEMORY] if size <= 64 else CONTESTANTS
         speeds = run_rounds(contestants, size, options.folder, options.seconds, options.rounds)
-        print(
-            f"\n{size}×{size} pixels, {photos.samples:,} JPEGs in {photos.shards} shards, {encoded:,.0f} bytes each with header"
-        )
+        print(f"\n{size}×{size} pixels, {photos.samples:,} JPEGs in {photos.shards} shards, {encoded:,.0f} bytes a sample")
         print(report(speeds), flush=True)
 
 

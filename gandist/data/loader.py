@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -189,23 +189,33 @@ def load_batches(
     workers = {"prefetch_factor": PREFETCHED_BATCHES, "worker_init_fn": _init_worker} if num_workers else {}
     if num_workers:
         multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
-    loader = wds.WebLoader(pipeline, batch_size=None, num_workers=num_workers, pin_memory=pin_memory, **workers)
+    options = {"num_workers": num_workers, "pin_memory": pin_memory, "collate_fn": _as_it_is}
+    loader = wds.WebLoader(pipeline, batch_size=None, **options, **workers)
     for batch in loader:
         # Workers pass errors as values: an exception would arrive with its text buried in the worker's traceback.
         if isinstance(batch, DataError):
             raise batch
         images, labels, skipped = batch
         # Pinning has copied them already; otherwise the worker will overwrite them.
-        yield Batch(images.clone() if num_workers and not pin_memory else images, labels, skipped)
+        yield Batch(images.clone() if num_workers and not pin_memory else images, torch.from_numpy(labels), skipped)
 
 
-def _read(samples: np.ndarray | DataError, reader: Callable[[Sequence[int]], Batch]) -> Batch | DataError:
+def _read(
+    samples: np.ndarray | DataError, reader: Callable[[Sequence[int]], Batch]
+) -> tuple[torch.Tensor, np.ndarray, dict[int, str]] | DataError:
+    """A batch as workers pass it: as a tensor the labels, too, would take a file descriptor, which is slow to hand over."""
     if isinstance(samples, DataError):
         return samples
     try:
-        return reader(samples)
+        images, labels, skipped = reader(samples)
+        return images, labels.numpy(), skipped
     except DataError as error:
         return error
+
+
+def _as_it_is(batch: Any) -> Any:
+    """In place of DataLoader's own collation, which would make tensors of arrays."""
+    return batch
 
 
 def _init_worker(worker: int) -> None:
