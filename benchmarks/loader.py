@@ -11,7 +11,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -187,16 +186,15 @@ def _cpu_seconds() -> float:
     return sum(sum(process.cpu_times()[:2]) for process in processes)
 
 
-def _without_simplejpeg() -> None:
-    sys.modules["simplejpeg"] = None  # any import of it raises ImportError
+def _prepare(simplejpeg: bool) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of decoding workers, as in a process that torchrun starts
+    if not simplejpeg:
+        sys.modules["simplejpeg"] = None  # any import of it raises ImportError, in the workers too
 
 
-@contextmanager
-def _process(simplejpeg: bool) -> Iterator[ProcessPoolExecutor]:
+def _process(simplejpeg: bool) -> ProcessPoolExecutor:
     """A process that has imported nothing yet."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=None if simplejpeg else _without_simplejpeg) as process:
-        yield process
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _prepare, (simplejpeg,))
 
 
 def run_rounds(contestants: list[Contestant], size: int, parent: Path, seconds: float, rounds: int) -> list[dict]:
