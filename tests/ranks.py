@@ -1,5 +1,6 @@
 """Runs functions and commands on real process groups."""
 
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -7,11 +8,15 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from gandist.distributed import run
 
 ROOT = Path(__file__).parent.parent
 
@@ -22,27 +27,54 @@ _context.set_forkserver_preload(["gandist.train", "gandist.evaluate", "tests.ran
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
     """`function(*arguments)` in every rank of a gloo world, with the environment torchrun gives. Returns all results."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         results = [Path(folder) / str(rank) for rank in range(world_size)]
-        shared = world_size, port, function, arguments
-        ranks = [_context.Process(target=_rank, args=(result, rank, *shared)) for rank, result in enumerate(results)]
-        for rank in ranks:
-            rank.start()
+        ranks = _start(world_size, lambda rank: (_rank, results[rank], function, arguments))
         for rank in ranks:
             rank.join(timeout)
-        hanging = [rank for rank in ranks if rank.is_alive()]
-        for rank in hanging:
-            rank.kill()
+        hanging = _kill(ranks)
         codes = [rank.exitcode for rank in ranks]
         assert not hanging, f"ranks hang after {timeout} s: {codes}"
         assert codes == [0] * world_size, f"exit codes {codes}"
         return [pickle.loads(result.read_bytes()) for result in results]
 
 
-def _rank(result: Path, rank: int, world_size: int, port: int, function: Callable[..., Any], arguments: tuple) -> None:
+def launch(world_size: int, module: str, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess:
+    """As `torchrun`, which takes 10 s longer: the module's command in every rank; when one fails the others are ended."""
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(world_size)]
+        ranks = _start(world_size, lambda rank: (_command, *outputs[rank], module, arguments))
+        deadline = time.monotonic() + timeout
+        while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
+            assert time.monotonic() < deadline or not _kill(ranks), f"ranks hang after {timeout} s"
+            time.sleep(0.02)
+        code = next((rank.exitcode for rank in ranks if rank.exitcode), 0)
+        _kill(ranks)
+        out, err = ("".join(path.read_text() for path in each) for each in zip(*outputs, strict=True))
+        return subprocess.CompletedProcess([module, *arguments], code, out, err)
+
+
+def _start(world_size: int, work: Callable[[int], tuple]) -> list[Any]:
+    """A process for each rank, which runs `work(rank)`: a function and its arguments."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = [_context.Process(target=_in_rank, args=(rank, world_size, port, *work(rank))) for rank in range(world_size)]
+    for rank in ranks:
+        rank.start()
+    return ranks
+
+
+def _kill(ranks: list[Any]) -> list[Any]:
+    """Ends those that still run, and returns them."""
+    hanging = [rank for rank in ranks if rank.is_alive()]
+    for rank in hanging:
+        rank.kill()
+        rank.join()
+    return hanging
+
+
+def _in_rank(rank: int, world_size: int, port: int, work: Callable[..., None], *arguments: Any) -> None:
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
@@ -54,7 +86,17 @@ def _rank(result: Path, rank: int, world_size: int, port: int, function: Callabl
     }
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of decoding workers, as in a process that torchrun starts
+    work(*arguments)
+
+
+def _rank(result: Path, function: Callable[..., Any], arguments: tuple) -> None:
     result.write_bytes(pickle.dumps(function(*arguments)))
+
+
+def _command(out: Path, err: Path, module: str, arguments: tuple[str, ...]) -> None:
+    for stream, path in ((sys.stdout, out), (sys.stderr, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+    run(partial(importlib.import_module(module).main, arguments))
 
 
 def torchrun(world_size: int, module: str, *arguments: str, timeout: float = 180) -> subprocess.CompletedProcess:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.ranks import ROOT, run_command, torchrun
+from tests.ranks import ROOT, launch, run_command, torchrun
 from tests.test_checkpoint import flip_a_byte
 from tests.web import Web
 
@@ -40,7 +40,7 @@ def arguments(run_dir: Path, cache_dir: Path, *overrides: str) -> list[str]:
 
 def test_eight_processes_run_to_the_end(tmp_path: Path, cache_dir: Path) -> None:
     result = torchrun(
-        8, "gandist.train", f"run_dir={tmp_path / 'r'}", f"data.cache_dir={cache_dir}", "train.kimg=2", timeout=280
+        8, "gandist.train", f"run_dir={tmp_path / 'r'}", f"data.cache_dir={cache_dir}", "train.kimg=1", timeout=280
     )
     assert result.returncode == 0, result.stderr
     assert f"finished: {tmp_path / 'r'}" in result.stdout
@@ -80,7 +80,8 @@ def test_wandb_that_cannot_be_reached_does_no_harm(tmp_path: Path, cache_dir: Pa
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     run_dir = tmp_path / "r"
-    result = torchrun(1, "gandist.train", *arguments(run_dir, cache_dir, "tracking.wandb=auto", "evaluation.metrics=[]"))
+    options = arguments(run_dir, cache_dir, "tracking.wandb=auto", "evaluation.metrics=[]")
+    result = run_command(sys.executable, "-m", "gandist.train", *options)
     assert result.returncode == 0, result.stderr
     assert "warning: W&B cannot be reached" in result.stdout
     assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
@@ -88,10 +89,10 @@ def test_wandb_that_cannot_be_reached_does_no_harm(tmp_path: Path, cache_dir: Pa
 
 def test_a_finished_run_says_so_and_goes_on_when_asked(finished, tmp_path: Path, cache_dir: Path) -> None:
     run_dir = again(finished, tmp_path)
-    result = torchrun(1, "gandist.train", *arguments(run_dir, cache_dir))
+    result = launch(1, "gandist.train", *arguments(run_dir, cache_dir))
     assert result.returncode == 0, result.stderr
     assert f"{run_dir} is finished: 1.024 kimg; train.kimg=2 trains it further" in result.stdout
-    result = torchrun(4, "gandist.train", *arguments(run_dir, cache_dir, "train.kimg=2"))
+    result = launch(4, "gandist.train", *arguments(run_dir, cache_dir, "train.kimg=2"))
     assert result.returncode == 0, result.stderr
     assert "resumed from" in result.stdout
     assert "step-00000016" in result.stdout
@@ -101,19 +102,19 @@ def test_a_finished_run_says_so_and_goes_on_when_asked(finished, tmp_path: Path,
 
 def test_evaluate(finished, cache_dir: Path) -> None:
     run_dir, trained = finished
-    result = run_command(sys.executable, "-m", "gandist.evaluate", str(run_dir), f"data.cache_dir={cache_dir}")
+    result = launch(1, "gandist.evaluate", str(run_dir), f"data.cache_dir={cache_dir}")
     assert result.returncode == 0, result.stderr
     (reported,) = re.findall(r"eval/fd_classifier (\d+\.\d+)", trained.stdout)
     assert re.search(rf"^eval/fd_classifier +{reported}$", result.stdout, re.MULTILINE), "the checkpoint is what was measured"
     assert len(re.findall(r"^\d +[\d.]+ +[\d.]+ +[\d.]+$", result.stdout, re.MULTILINE)) == 10
-    result = run_command(sys.executable, "-m", "gandist.evaluate", str(run_dir.parent))
+    result = launch(1, "gandist.evaluate", str(run_dir.parent))
     assert result.returncode == 1
     assert result.stderr.startswith("error: cannot read the configuration")
 
 
 def test_fresh_moves_the_old_run_aside(finished, tmp_path: Path, cache_dir: Path) -> None:
     run_dir = again(finished, tmp_path)
-    result = run_command(sys.executable, "-m", "gandist.train", "--fresh", *arguments(run_dir, cache_dir, "seed=5"))
+    result = launch(1, "gandist.train", "--fresh", *arguments(run_dir, cache_dir, "seed=5"))
     assert result.returncode == 0, result.stderr
     (aside,) = tmp_path.glob("copy.before-*")
     assert (aside / "checkpoints" / "step-00000016").is_dir()
@@ -121,10 +122,10 @@ def test_fresh_moves_the_old_run_aside(finished, tmp_path: Path, cache_dir: Path
 
 
 def test_print_config_and_help() -> None:
-    result = run_command(sys.executable, "-m", "gandist.train", "train.kimg=7", "--print-config")
+    result = launch(1, "gandist.train", "train.kimg=7", "--print-config")
     assert result.returncode == 0
     assert "  kimg: 7.0\n" in result.stdout
-    result = run_command(sys.executable, "-m", "gandist.train", "--help")
+    result = launch(1, "gandist.train", "--help")
     assert "torchrun --nproc_per_node=8 -m gandist.train --config configs/digits.yaml train.kimg=200" in result.stdout
 
 
@@ -143,9 +144,9 @@ def test_errors_of_users(tmp_path: Path, cache_dir: Path) -> None:
     assert_one_error(result, "train.batch_sise: unknown key, did you mean 'train.batch_size'?", "did you mean 'model'?")
     shards = "data.train=" + str(cache_dir / "digits-16" / "digits-train-{00..06}.tar")
     own = [shards, "data.test=null", "evaluation.metrics=[]"]
-    result = torchrun(2, "gandist.train", *arguments(tmp_path / "r", cache_dir, *own))
+    result = launch(2, "gandist.train", *arguments(tmp_path / "r", cache_dir, *own))
     assert_one_error(result, "digits-train-05.tar", "digits-train-06.tar")
-    result = torchrun(3, "gandist.train", *arguments(tmp_path / "r", cache_dir))
+    result = launch(3, "gandist.train", *arguments(tmp_path / "r", cache_dir))
     assert_one_error(result, "train.batch_size=64 cannot be split evenly over 3 rank(s)", "1, 2, 4, 8, 16, 32, 64 ranks")
 
 
@@ -153,20 +154,20 @@ def test_a_flipped_byte(finished, tmp_path: Path, cache_dir: Path) -> None:
     run_dir = again(finished, tmp_path)
     newest, older = (run_dir / "checkpoints" / f"step-000000{step}" / "__1_0.distcp" for step in ("16", "08"))
     flip_a_byte(newest)
-    result = torchrun(2, "gandist.train", *arguments(run_dir, cache_dir))
+    result = launch(2, "gandist.train", *arguments(run_dir, cache_dir))
     assert result.returncode == 0, result.stderr
     assert "does not match SHA256SUMS; set aside as step-00000016.damaged" in result.stdout
     assert "resumed from" in result.stdout
     flip_a_byte(older)
     flip_a_byte(newest)
-    result = torchrun(2, "gandist.train", *arguments(run_dir, cache_dir))
+    result = launch(2, "gandist.train", *arguments(run_dir, cache_dir))
     assert_one_error(result, "every checkpoint in", "is damaged", "--fresh")
 
 
 def test_another_runs_checkpoint_is_refused(finished, tmp_path: Path, cache_dir: Path) -> None:
     run_dir = again(finished, tmp_path)
     changed = ["seed=1", "model.latent_dim=32", "train.kimg=2"]
-    result = torchrun(2, "gandist.train", *arguments(run_dir, cache_dir, *changed))
+    result = launch(2, "gandist.train", *arguments(run_dir, cache_dir, *changed))
     assert_one_error(result, "is of another run", "seed: 0 there, 1 now", "model.latent_dim: 64 there, 32 now")
 
 
@@ -205,7 +206,7 @@ def test_a_sample_that_breaks_ends_all_ranks(imperfect, tmp_path: Path, cache_di
 
 def test_partly_labelled_data_trains_and_what_is_skipped_is_told(imperfect, tmp_path: Path, cache_dir: Path) -> None:
     run_dir, skipping = tmp_path / "r", ["data.on_error=skip", "data.max_skip=0.02"]
-    result = torchrun(2, "gandist.train", *arguments(run_dir, cache_dir, *imperfect, *skipping))
+    result = launch(2, "gandist.train", *arguments(run_dir, cache_dir, *imperfect, *skipping))
     assert result.returncode == 0, result.stderr
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     skipped = int(rows[-1]["data/skipped"])
@@ -215,17 +216,17 @@ def test_partly_labelled_data_trains_and_what_is_skipped_is_told(imperfect, tmp_
     assert f"{skipped} images could not be used; their neighbours stood in for them" in result.stdout
     assert 0.9 < rows[-1]["classification/labelled"] < 1
     strict = [*skipping, "data.max_skip=0", "train.kimg=30", "data.train=" + imperfect[0].split("=")[1] + "/02.tar"]
-    result = torchrun(2, "gandist.train", *arguments(tmp_path / "s", cache_dir, *imperfect[1:], *strict))
+    result = launch(2, "gandist.train", *arguments(tmp_path / "s", cache_dir, *imperfect[1:], *strict))
     assert_one_error(result, "images could not be used, more than data.max_skip=0 allows; the last: ")
 
 
 def test_images_without_labels_train_an_unconditional_gan(tmp_path: Path, cache_dir: Path) -> None:
     unconditional = ["data.train=digits:train", "data.num_classes=0", "model.conditioning=none"]
     options = arguments(tmp_path / "r", cache_dir, *unconditional, "evaluation.metrics=[fd_classifier]")
-    result = torchrun(2, "gandist.train", *options)
+    result = launch(2, "gandist.train", *options)
     assert result.returncode == 0, result.stderr
     assert re.search(r"eval/fd_classifier \d+\.\d+", result.stdout)
-    result = torchrun(1, "gandist.train", *arguments(tmp_path / "s", cache_dir, "data.num_classes=0"))
+    result = launch(1, "gandist.train", *arguments(tmp_path / "s", cache_dir, "data.num_classes=0"))
     assert_one_error(result, "data.num_classes=0 and model.conditioning=none go together")
 
 
@@ -239,7 +240,7 @@ def test_training_from_a_web_server_is_training_from_disk(tmp_path: Path, cache_
         losses = []
         for name, source in {"disk": [], "web": remote}.items():
             options = arguments(tmp_path / name, tmp_path / f"{name}-cache", *block, *source)
-            result = torchrun(2, "gandist.train", *options)
+            result = launch(2, "gandist.train", *options)
             assert result.returncode == 0, result.stderr
             rows = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
             losses.append([(row["loss/discriminator"], row["loss/generator"]) for row in rows])
@@ -249,7 +250,7 @@ def test_training_from_a_web_server_is_training_from_disk(tmp_path: Path, cache_
 
         web.will("digits/digits-train-03.tar", then=404)
         fresh = [*block, *remote, "evaluation.metrics=[]", "data.test=null"]
-        result = torchrun(2, "gandist.train", *arguments(tmp_path / "missing", tmp_path / "new-cache", *fresh), timeout=100)
+        result = launch(2, "gandist.train", *arguments(tmp_path / "missing", tmp_path / "new-cache", *fresh), timeout=100)
         assert result.returncode != 0
         assert re.search(r"^error.*digits-train-03\.tar: HTTP 404 .*restore it", result.stderr, re.MULTILINE)
         web.will("digits/digits-train-03.tar", then=200)
@@ -257,7 +258,7 @@ def test_training_from_a_web_server_is_training_from_disk(tmp_path: Path, cache_
 
 def test_a_run_that_diverges_stops_and_saves_nothing_broken(tmp_path: Path, cache_dir: Path) -> None:
     extreme = ["optimizer.generator_lr=1e30", "optimizer.discriminator_lr=1e30", "checkpoint.every_kimg=0.064"]
-    result = torchrun(2, "gandist.train", *arguments(tmp_path / "r", cache_dir, *extreme))
+    result = launch(2, "gandist.train", *arguments(tmp_path / "r", cache_dir, *extreme))
     assert_one_error(result, "not finite at step", "lower the learning rates")
     for saved in (tmp_path / "r").glob("checkpoints/step-*/*.distcp"):
         pytest.fail(f"{saved} was written from non-finite weights")
@@ -281,6 +282,6 @@ def test_a_signal_saves_and_stops(tmp_path: Path, cache_dir: Path, number: signa
     assert "stopped by a signal at kimg" in output
     (saved,) = (run_dir / "checkpoints").iterdir()
     images = json.loads((saved / "meta.json").read_text())["images"]
-    result = torchrun(2, "gandist.train", *arguments(run_dir, cache_dir, f"train.kimg={images / 1000 + 0.1}"))
+    result = launch(2, "gandist.train", *arguments(run_dir, cache_dir, f"train.kimg={images / 1000 + 0.1}"))
     assert f"resumed from {saved}" in result.stdout
     assert result.returncode == 0
