@@ -186,6 +186,10 @@ class Config(Section):
                 f"evaluation.metrics has {', '.join(sorted(classified))}, which need classes: leave them out with "
                 "data.num_classes=0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _lanes_divide_the_batch(self) -> "Config":
         if self.train.batch_size % self.data.lanes:
             raise ValueError(f"data.lanes={self.data.lanes} does not divide train.batch_size={self.train.batch_size}")
         return self

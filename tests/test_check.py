@@ -221,7 +221,7 @@ def test_ctrl_c_leaves_no_process_behind(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "gandist.data.check", str(tmp_path), "--workers=2"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         parent = psutil.Process(process.pid)
-        while not (workers := parent.children()):
+        while len(workers := parent.children()) < 2:  # one alone is of torch, which asks the system while it is imported
             assert process.poll() is None
             time.sleep(0.01)
         time.sleep(0.5)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from gandist.config import DataConfig
 from gandist.data.cache import ShardCache
-from gandist.data.decode import ImageError, decode
+from gandist.data.decode import PILLOW_ERRORS, ImageError, decode
 from gandist.data.index import LABEL, OFFSET, SIZE, LabelRule, key_at
 from gandist.data.mixing import WINDOW, shuffle_quality
 from gandist.data.remote import Remote, is_remote
@@ -41,7 +41,6 @@ _LISTED = 5  # image sizes, empty classes
 _WELL_SHUFFLED = 0.8  # share of the classes beyond the first that shuffled data would have
 _LONGEST_KEY = 90  # bytes; tar headers cut longer names
 _GREY = ("1", "L", "LA", "I", "I;16", "F")  # Pillow's modes
-_UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 class Section(NamedTuple):
@@ -122,7 +121,7 @@ def look_at(encoded: bytes) -> tuple[str, int, tuple[int, int]]:
     try:
         with Image.open(io.BytesIO(encoded)) as image:
             image_format, channels = image.format or "other", 1 if image.mode in _GREY else 3
-    except _UNREADABLE:
+    except PILLOW_ERRORS:
         image_format, channels = "other", 3
     height, width, _ = decode(encoded, channels).shape
     return image_format, channels, (width, height)

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
 try:
@@ -19,6 +19,7 @@ except ImportError:  # an extra: faster, not necessary
     simplejpeg = None
 
 Resize = Literal["none", "center-crop", "stretch"]
+PILLOW_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # at an image that it cannot read
 _JPEG = b"\xff\xd8\xff"
 _CMYK = ("CMYK", "YCCK")  # which simplejpeg converts in its own way
 _COLOUR_SPACE = {1: "GRAY", 3: "RGB"}
@@ -101,5 +102,5 @@ def _decode_with_pillow(encoded: bytes, channels: int) -> np.ndarray:
             if image.mode.startswith(("I", "F")):
                 raise ImageError(f"{image.mode} pixels, which are not 8 bits a channel: convert them to 8 bits")
             return np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(image.height, image.width, channels)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+    except PILLOW_ERRORS as error:
         raise ImageError(f"the image cannot be decoded ({error}): replace it") from error

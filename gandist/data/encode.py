@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base as ExifTag
 
-from gandist.data.decode import ImageError, Resize, decode, fit
+from gandist.data.decode import PILLOW_ERRORS, ImageError, Resize, decode, fit
 
 _SIGNATURES = {"png": rb"\x89PNG\r\n\x1a\n", "jpg": rb"\xff\xd8\xff", "webp": rb"RIFF.{4}WEBP"}
 _MAY_BE_ROTATED = re.compile(rb"exif|tiff:Orientation", re.IGNORECASE)  # asking Pillow decodes the whole of a PNG
@@ -86,7 +86,7 @@ def _inspect(content: bytes) -> tuple[str, int]:
         with Image.open(io.BytesIO(content)) as image:
             orientation = image.getexif().get(ExifTag.Orientation, 1) if _MAY_BE_ROTATED.search(content) else 1
             return image.mode, orientation
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+    except PILLOW_ERRORS as error:
         reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
         raise ImageError(f"the image cannot be decoded ({reason}): replace it") from error
 

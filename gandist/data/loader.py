@@ -15,7 +15,7 @@ import webdataset as wds
 from torch.utils.data import IterableDataset, get_worker_info
 
 from gandist.data.decode import ImageError, ImageFormat, decode_into
-from gandist.data.order import SampleOrder
+from gandist.data.order import Block, SampleOrder
 from gandist.data.prefetch import Prefetcher
 from gandist.data.shards import ShardDataset
 from gandist.errors import DataError
@@ -55,6 +55,7 @@ class TrainingBatches:
     start: int  # positions consumed before batch 0
     local_rank: int = 0
     local_size: int = 1
+    _planned: tuple[int, list[int]] = field(default=(-1, []), init=False, repr=False)  # start of a block, shards from there
 
     def samples(self, batches: Sequence[int]) -> list[np.ndarray]:
         firsts = self.start + np.asarray(batches)[:, None] * self.batch_size
@@ -64,7 +65,11 @@ class TrainingBatches:
     def shards_from(self, batch: int) -> list[int]:
         """Of this block and the next: the shards of this rank's lanes, or where all ranks read all, its share of them."""
         now = self.order.block(self.start + batch * self.batch_size)
-        blocks = [now, self.order.block(now.end)]
+        if now.start != self._planned[0]:
+            self._planned = now.start, self._plan([now, self.order.block(now.end)])
+        return self._planned[1]
+
+    def _plan(self, blocks: Sequence[Block]) -> list[int]:
         if self.order.lanes % self.world_size or self.batch_size % self.order.lanes:
             return [int(shard) for block in blocks for shard in block.shards[self.local_rank :: self.local_size]]
         lanes = range((self.start + self.rank) % self.world_size, self.order.lanes, self.world_size)
@@ -80,16 +85,19 @@ class EvaluationBatches:
     rank: int
     world_size: int
 
+    def __post_init__(self) -> None:
+        self._ends = np.cumsum(self.shard_sizes)
+
     def samples(self, batches: Sequence[int]) -> list[np.ndarray]:
         firsts = [(self.rank + batch * self.world_size) * self.batch_size for batch in batches]
-        size = sum(self.shard_sizes)
+        size = int(self._ends[-1])
         return [np.arange(first, min(first + self.batch_size, size)) for first in firsts if first < size]
 
     def shards_from(self, batch: int) -> list[int]:
         """This one and two more."""
         first = (self.rank + batch * self.world_size) * self.batch_size
-        shard = int(np.searchsorted(np.cumsum(self.shard_sizes), first, "right"))
-        return list(range(shard, min(shard + 3, len(self.shard_sizes))))
+        shard = int(np.searchsorted(self._ends, first, "right"))
+        return list(range(shard, min(shard + 3, len(self._ends))))
 
 
 @dataclass
