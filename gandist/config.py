@@ -85,8 +85,14 @@ class ModelConfig(Section):
 class LossConfig(Section):
     """The adversarial game."""
 
-    adversarial: Literal["hinge", "non_saturating"] = "hinge"
-    r1_gamma: NotNegative = 0.0  # weight of the R1 gradient penalty on real images; 0: none
+    adversarial: Literal["hinge", "non_saturating", "wasserstein"] = "hinge"
+    r1_gamma: NotNegative = 0.0  # weight of the R1 gradient penalty, on real images; 0: none
+    r2_gamma: NotNegative = 0.0  # of R2, the same on generated images
+    wgan_gp_lambda: NotNegative = 0.0  # of WGAN-GP's gradient penalty, on images between real and generated ones
+
+    @property
+    def has_penalty(self) -> bool:
+        return bool(self.r1_gamma or self.r2_gamma or self.wgan_gp_lambda)
 
 
 class ClassificationConfig(Section):
@@ -102,6 +108,7 @@ class OptimizerConfig(Section):
     discriminator_lr: Positive = 1e-3
     betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.0, 0.9)
     eps: Positive = 1e-8
+    clip_norm: NotNegative = 0.0  # gradients of a network with a larger norm are scaled down to it; 0: never
 
 
 class EmaConfig(Section):
@@ -117,12 +124,25 @@ class TrainConfig(Section):
     batch_size: Count = 64  # images a discriminator update, over all ranks and micro-batches
     discriminator_updates: Count = 1  # for each generator update
     accumulation: Count = 1  # micro-batches an update is split into
-    precision: Literal["auto", "float64", "float32", "tf32", "bfloat16"] = "auto"  # auto: bfloat16 on GPUs that have it
+    precision: Literal["auto", "float64", "float32", "tf32", "bfloat16", "float16"] = "auto"  # bfloat16 on GPUs that have it
+    compile: Literal["auto"] | bool = "auto"  # whether torch.compile makes the steps; auto: on GPUs
+    activation_checkpointing: bool = False  # saves memory: activations are computed again in the backward pass
+    non_finite: Literal["stop", "skip"] = "stop"  # at an update whose gradient is not finite
+    deterministic: bool = False  # the same command gives the same bits again, at some cost in speed
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> "TrainConfig":
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation={self.accumulation} does not divide batch_size={self.batch_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _compiled_or_recomputed(self) -> "TrainConfig":
+        if self.activation_checkpointing and self.compile is True:
+            raise ValueError(
+                "activation_checkpointing=true and compile=true exclude each other: torch.compile chooses itself what to "
+                "compute again; leave out one of them"
+            )
         return self
 
 
@@ -185,6 +205,15 @@ class Config(Section):
             raise ValueError(
                 f"evaluation.metrics has {', '.join(sorted(classified))}, which need classes: leave them out with "
                 "data.num_classes=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _float16_has_the_range(self) -> "Config":
+        if self.train.precision == "float16" and self.loss.has_penalty:
+            raise ValueError(
+                "train.precision=float16 has too small a range for the second derivatives of a gradient penalty: use "
+                "bfloat16, tf32 or float32, or set the penalty's weight in loss to 0"
             )
         return self
 

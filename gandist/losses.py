@@ -17,7 +17,8 @@ def hinge_discriminator(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
     return F.relu(1 - real).mean() + F.relu(1 + fake).mean()
 
 
-def hinge_generator(fake: torch.Tensor) -> torch.Tensor:
+def negative_logit_generator(fake: torch.Tensor) -> torch.Tensor:
+    """-D(G(z)), the generator's part of the hinge and the Wasserstein game."""
     return -fake.mean()
 
 
@@ -31,7 +32,13 @@ def non_saturating_generator(fake: torch.Tensor) -> torch.Tensor:
     return F.softplus(-fake).mean()
 
 
+def wasserstein_discriminator(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """The critic's estimate of minus the Wasserstein distance (Arjovsky et al. 2017, 1701.07875)."""
+    return fake.mean() - real.mean()
+
+
 ADVERSARIAL_LOSSES = {
-    "hinge": AdversarialLoss(hinge_discriminator, hinge_generator),
+    "hinge": AdversarialLoss(hinge_discriminator, negative_logit_generator),
     "non_saturating": AdversarialLoss(logistic_discriminator, non_saturating_generator),
+    "wasserstein": AdversarialLoss(wasserstein_discriminator, negative_logit_generator),
 }

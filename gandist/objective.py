@@ -2,61 +2,80 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from gandist.losses import AdversarialLoss
+from gandist.config import LossConfig
+from gandist.errors import ConfigError
+from gandist.losses import ADVERSARIAL_LOSSES
 from gandist.models import Discriminator
-from gandist.penalties import r1_penalty
+from gandist.penalties import input_gradient, interpolate, one_centered, zero_centered
 
 Statistics = dict[str, torch.Tensor]  # names → scalars on the device, without gradient
 Autocast = Callable[[], AbstractContextManager]
+
+
+class Penalty(NamedTuple):
+    name: str
+    weight: float
+    function: Callable[[torch.Tensor], torch.Tensor]  # of the images' gradients [B, C, H, W] → []
+
+
+class Verdict(NamedTuple):
+    """What the discriminator says of some images."""
+
+    logits: torch.Tensor  # [B]
+    class_logits: torch.Tensor  # [B, K]
+    gradient: torch.Tensor | None = None  # of the logits with respect to the images, [B, C, H, W]
 
 
 class DiscriminatorObjective(nn.Module):
     """Tells real from made, and the classes of the real ones.
 
     class_weight: of the cross-entropy of the class head on real images
-    r1_gamma:     of the R1 penalty; 0 leaves it out
+    Raises ConfigError where a gradient penalty meets a discriminator with batch norm.
     """
 
-    def __init__(
-        self,
-        discriminator: Discriminator,
-        adversarial: AdversarialLoss,
-        *,
-        class_weight: float,
-        r1_gamma: float,
-        autocast: Autocast,
-    ):
+    def __init__(self, discriminator: Discriminator, loss: LossConfig, *, class_weight: float, autocast: Autocast):
         super().__init__()
         self.network = discriminator
-        self.adversarial = adversarial
+        self.adversarial = ADVERSARIAL_LOSSES[loss.adversarial]
         self.class_weight = class_weight
-        self.r1_gamma = r1_gamma
         self.autocast = autocast
+        penalties = {
+            "real": Penalty("r1", loss.r1_gamma, zero_centered),
+            "fake": Penalty("r2", loss.r2_gamma, zero_centered),
+            "mixed": Penalty("wgan_gp", loss.wgan_gp_lambda, one_centered),
+        }
+        self.penalties = {images: penalty for images, penalty in penalties.items() if penalty.weight}
+        self._refuse_batch_norm()
 
     def forward(
-        self, real: torch.Tensor, real_labels: torch.Tensor, fake: torch.Tensor, fake_labels: torch.Tensor
+        self,
+        real: torch.Tensor,
+        real_labels: torch.Tensor,
+        fake: torch.Tensor,
+        fake_labels: torch.Tensor,
+        mixing: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Statistics]:
-        """Images [B, C, H, W] in [-1, 1], labels int64 [B], −1 for none → the loss [] and statistics."""
-        labels = torch.cat([real_labels, fake_labels])
+        """Images [B, C, H, W] in [-1, 1], labels int64 [B], −1 for none; mixing [B] in [0, 1], for WGAN-GP alone
+        → the loss [] and statistics."""
+        batches = {"real": (real, real_labels), "fake": (fake, fake_labels)}
+        if "mixed" in self.penalties:
+            batches["mixed"] = interpolate(real, fake, mixing), real_labels
+        verdicts = self._discriminate(
+            {name: batch for name, batch in batches.items() if name in self.penalties}, with_gradient=True
+        )
+        verdicts |= self._discriminate({name: batch for name, batch in batches.items() if name not in self.penalties})
 
-        def discriminate(real: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-            with self.autocast():
-                output = self.network(torch.cat([real, fake]), labels)
-            real_logits, fake_logits = output.logits.to(real.dtype).chunk(2)
-            return real_logits, (real_logits, fake_logits, output.class_logits[: len(real)].to(real.dtype))
-
-        if self.r1_gamma:
-            r1, (real_logits, fake_logits, class_logits) = r1_penalty(discriminate, real)
-        else:
-            _, (real_logits, fake_logits, class_logits) = discriminate(real)
-        adversarial = self.adversarial.discriminator(real_logits, fake_logits)
-        loss = adversarial
-        statistics = {"loss/discriminator": adversarial, "logits/real": real_logits.mean(), "logits/fake": fake_logits.mean()}
+        loss = self.adversarial.discriminator(verdicts["real"].logits, verdicts["fake"].logits)
+        statistics = {"loss/discriminator": loss}
+        statistics |= {f"logits/{name}": verdicts[name].logits.mean() for name in ("real", "fake")}
+        class_logits = verdicts["real"].class_logits
         if class_logits.size(1):
             # A mean over all images, labelled or not, so that ranks with more or fewer of them weigh alike.
             classification = F.cross_entropy(class_logits, real_labels, ignore_index=-1, reduction="sum") / len(real)
@@ -64,10 +83,43 @@ class DiscriminatorObjective(nn.Module):
             statistics["loss/classification"] = classification
             statistics["classification/train_top1"] = (class_logits.argmax(1) == real_labels).to(loss.dtype).mean()
             statistics["classification/labelled"] = (real_labels >= 0).to(loss.dtype).mean()
-        if self.r1_gamma:
-            loss = loss + self.r1_gamma * r1
-            statistics["penalty/r1"] = r1
+        for images, (name, weight, function) in self.penalties.items():
+            penalty = function(verdicts[images].gradient)
+            loss = loss + weight * penalty
+            statistics[f"penalty/{name}"] = penalty
         return loss, {name: value.detach() for name, value in statistics.items()}
+
+    def _discriminate(
+        self, batches: dict[str, tuple[torch.Tensor, torch.Tensor]], *, with_gradient: bool = False
+    ) -> dict[str, Verdict]:
+        """One pass over all these (images, labels), which have a size in common."""
+        if not batches:
+            return {}
+        images, labels = (torch.cat(parts) for parts in zip(*batches.values(), strict=True))
+
+        def discriminate(images: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+            with self.autocast():
+                output = self.network(images, labels)
+            logits, class_logits = (each.to(images.dtype) for each in (output.logits, output.class_logits))
+            return logits, (logits, class_logits)
+
+        if with_gradient:
+            gradient, outputs = input_gradient(discriminate, images)
+            outputs = *outputs, gradient
+        else:
+            _, outputs = discriminate(images)
+        parts = zip(*(output.chunk(len(batches)) for output in outputs), strict=True)
+        return {name: Verdict(*part) for name, part in zip(batches, parts, strict=True)}
+
+    def _refuse_batch_norm(self) -> None:
+        norms = [name for name, module in self.network.named_modules() if isinstance(module, _BatchNorm)]
+        if norms and self.penalties:
+            names = ", ".join(penalty.name for penalty in self.penalties.values())
+            raise ConfigError(
+                f"the discriminator has batch norm ({norms[0]}), which makes the images of a batch depend on each other, so "
+                f"none has a gradient of its own for the penalty {names}: set its weight to 0, or use a discriminator "
+                "without batch norm"
+            )
 
 
 class GeneratorObjective(nn.Module):
@@ -81,7 +133,7 @@ class GeneratorObjective(nn.Module):
         self,
         generator: nn.Module,
         discriminator: Discriminator,
-        adversarial: AdversarialLoss,
+        loss: LossConfig,
         *,
         class_weight: float,
         autocast: Autocast,
@@ -89,7 +141,7 @@ class GeneratorObjective(nn.Module):
         super().__init__()
         self.network = generator
         self._opponent = (discriminator,)
-        self.adversarial = adversarial
+        self.adversarial = ADVERSARIAL_LOSSES[loss.adversarial]
         self.class_weight = class_weight if discriminator.head.guides_generator else 0.0
         self.autocast = autocast
 

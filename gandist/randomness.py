@@ -14,6 +14,7 @@ class Purpose(IntEnum):
     GENERATOR = 1
     EVALUATION = 2
     SAMPLES = 3
+    MIXING = 4
 
 
 def random_stream(seed: int, purpose: Purpose, *key: int) -> np.random.Generator:
@@ -50,5 +51,12 @@ class StepRandomness:
             labels = np.searchsorted(np.cumsum(self.class_counts), samples, "right")
         else:
             labels = np.full(self.batch_size, -1)
-        mine = slice(self.rank, None, self.world_size)
-        return latents[mine], torch.from_numpy(labels[mine])
+        return latents[self._mine], torch.from_numpy(labels[self._mine])
+
+    def draw_uniform(self, purpose: Purpose, step: int, update: int = 0) -> torch.Tensor:
+        """float32 in [0, 1), [B / world_size]"""
+        return torch.from_numpy(random_stream(self.seed, purpose, step, update).random(self.batch_size, np.float32)[self._mine])
+
+    @property
+    def _mine(self) -> slice:
+        return slice(self.rank, None, self.world_size)

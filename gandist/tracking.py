@@ -1,9 +1,11 @@
 """Where numbers and pictures of a run go: the console, files in the run folder, Weights & Biases."""
 
 import json
+import math
 import os
 import secrets
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +27,30 @@ Scalars = dict[str, float]
 
 
 class Meter:
-    """Means of statistics since the last reading and over all ranks; the device is waited for only when read."""
+    """Means of statistics since the last reading and over all ranks; the device is waited for only when read.
+
+    Values that are not finite are left out, as the updates they come from are.
+    """
 
     def __init__(self, world: World):
         self.world = world
-        self._sums: dict[str, torch.Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._totals: dict[tuple[str, ...], torch.Tensor] = {}  # names → their sums and counts, [2, len(names)]
 
-    def update(self, statistics: dict[str, torch.Tensor]) -> None:
+    def update(self, statistics: Iterable[dict[str, torch.Tensor]]) -> None:
         """Scalars of one optimizer step."""
-        for name, value in statistics.items():
-            self._sums[name] = self._sums.get(name, 0) + value.double()
-            self._counts[name] = self._counts.get(name, 0) + 1
+        for each in statistics:
+            values = torch.stack(list(each.values())).double()
+            finite = values.isfinite()
+            total = torch.stack([torch.where(finite, values, 0), finite.double()])
+            names = tuple(each)
+            self._totals[names] = self._totals[names] + total if names in self._totals else total
 
     def read(self) -> Scalars:
-        """Every rank calls it, after at least one update."""
-        totals = self.world.sum(torch.stack(list(self._sums.values()))).tolist()
-        means = {name: total / self._counts[name] / self.world.size for name, total in zip(self._sums, totals, strict=True)}
-        self._sums, self._counts = {}, {}
-        return means
+        """Every rank calls it, after at least one update. A name of which no value was finite is left out."""
+        names = [name for each in self._totals for name in each]
+        sums, counts = self.world.sum(torch.cat(list(self._totals.values()), 1)).tolist()
+        self._totals = {}
+        return {name: total / count for name, total, count in zip(names, sums, counts, strict=True) if count}
 
 
 class Tracker:
@@ -85,8 +92,8 @@ class Console(Tracker):
         eta = time.strftime("%H:%M:%S", time.gmtime(left)) if left < 86400 else f"{left / 86400:.1f} days"
         print(
             f"kimg {kimg:7.1f}/{self.total_kimg:g} | {rate:6.0f} img/s | data wait {values['throughput/data_wait']:4.0%}"
-            f" | {values['memory/peak_gib']:.2f} GiB | ETA {eta} | D {values['loss/discriminator']:.3f}"
-            f" | G {values['loss/generator']:+.3f}"
+            f" | {values['memory/peak_gib']:.2f} GiB | ETA {eta} | D {values.get('loss/discriminator', math.nan):.3f}"
+            f" | G {values.get('loss/generator', math.nan):+.3f}"
             + (f" | class {values['loss/classification']:.3f}" if "loss/classification" in values else ""),
             flush=True,
         )

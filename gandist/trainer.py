@@ -6,21 +6,19 @@ from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
-import numpy as np
 import torch
 import webdataset
 
 import gandist
 from gandist import checkpoint
 from gandist.config import Config
-from gandist.data import DeviceBatch, normalize, open_dataset, to_uint8
+from gandist.data import DeviceBatch, normalize, open_dataset, to_uint8, upload
 from gandist.distributed import World
 from gandist.ema import ExponentialMovingAverage
-from gandist.engine import Player, choose_precision, frozen
+from gandist.engine import build_player, choose_compile, choose_precision, compile_objective, frozen, set_determinism
 from gandist.errors import CheckpointError, ConfigError, DataError, TrainingError
 from gandist.evaluation.evaluator import Evaluator
-from gandist.losses import ADVERSARIAL_LOSSES
-from gandist.models import build_discriminator, build_generator
+from gandist.models import build_discriminator, build_generator, recompute_activations
 from gandist.objective import DiscriminatorObjective, GeneratorObjective
 from gandist.preemption import StopRequest
 from gandist.randomness import Purpose, StepRandomness, draw_latents, random_stream
@@ -57,25 +55,33 @@ class Trainer:
         )
 
         # Build the networks, equal on all ranks.
+        set_determinism(config.train.deterministic)
         self.precision = choose_precision(config.train.precision, world.device)
         placement = {"device": world.device, "dtype": self.precision.dtype, "memory_format": torch.channels_last}
         torch.manual_seed(config.seed)
         generator = build_generator(config.model, config.data).to(**placement)
         discriminator = build_discriminator(config.model, config.data).to(**placement)
         self.ema = ExponentialMovingAverage(generator, half_life=config.ema.half_life_kimg * 1000)
+        if config.train.activation_checkpointing:
+            recompute_activations(generator)
+            recompute_activations(discriminator)
+
+        # Give each its objective.
+        terms = {"class_weight": config.classification.weight, "autocast": self.precision.autocast}
+        discriminating = DiscriminatorObjective(discriminator, config.loss, **terms)
+        generating = GeneratorObjective(generator, discriminator, config.loss, **terms)
+        self.generate = generating.generate
+        self.compiled = choose_compile(config.train, world.device)
+        if self.compiled:
+            compile_objective(discriminating)
+            compile_objective(generating)
+            self.generate = torch.compile(self.generate)
 
         # Make them players.
+        setting = config, world, self.precision
         optimizer = config.optimizer
-        game = {
-            "adversarial": ADVERSARIAL_LOSSES[config.loss.adversarial],
-            "class_weight": config.classification.weight,
-            "autocast": self.precision.autocast,
-        }
-        adam = {"betas": optimizer.betas, "eps": optimizer.eps}
-        objective = DiscriminatorObjective(discriminator, r1_gamma=config.loss.r1_gamma, **game)
-        self.discriminator = Player(objective, world.device, lr=optimizer.discriminator_lr, **adam)
-        objective = GeneratorObjective(generator, discriminator, **game)
-        self.generator = Player(objective, world.device, lr=optimizer.generator_lr, **adam)
+        self.discriminator = build_player("discriminator", discriminating, *setting, lr=optimizer.discriminator_lr)
+        self.generator = build_player("generator", generating, *setting, lr=optimizer.generator_lr)
 
         # Prepare to look at them.
         self.evaluator = Evaluator(config, self.train_set, world)
@@ -123,21 +129,22 @@ class Trainer:
         for update in range(self.config.train.discriminator_updates):
             real, real_labels = self._next_real(batches)
             latents, labels = self._latents(Purpose.DISCRIMINATOR, update)
-            micro_batches = zip(*(each.chunk(count) for each in (real, real_labels, latents, labels)), strict=True)
-            inputs = ((x, y, self._fake(z, c), c) for x, y, z, c in micro_batches)
-            self.meter.update(self.discriminator.update(inputs, count))
+            drawn = real, real_labels, latents, labels, *self._mixing(update)
+            micro_batches = zip(*(each.chunk(count) for each in drawn), strict=True)
+            inputs = ((x, y, self._fake(z, c), c, *mixing) for x, y, z, c, *mixing in micro_batches)
+            self.meter.update(self.discriminator.update(inputs, count, self.step + 1))
 
         latents, labels = self._latents(Purpose.GENERATOR)
         with frozen(self.discriminator.network):
             inputs = zip(latents.chunk(count), labels.chunk(count), strict=True)
-            self.meter.update(self.generator.update(inputs, count))
+            self.meter.update(self.generator.update(inputs, count, self.step + 1))
 
         self.ema.update(self.images_per_step)
         self.step += 1
         self.images += self.images_per_step
 
     def state_dict(self) -> dict:
-        """The live tensors of the run; loading a checkpoint copies into them."""
+        """The tensors of the run; loading a checkpoint copies into them."""
         return {
             "generator": self.generator.state_dict(),
             "discriminator": self.discriminator.state_dict(),
@@ -146,7 +153,8 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint. Raises CheckpointError where that fails, TrainingError rather than save what is broken."""
-        self._refuse_non_finite()
+        state = self.state_dict()
+        self._refuse_non_finite(state)
         meta = {
             **self.progress,
             "images": self.images,
@@ -161,7 +169,7 @@ class Trainer:
             },
         }
         config = self.config
-        checkpoint.save(config.run_dir, self.step, self.state_dict(), meta, self.world, keep=config.checkpoint.keep)
+        checkpoint.save(config.run_dir, self.step, state, meta, self.world, keep=config.checkpoint.keep)
 
     def resume(self) -> Path | None:
         """Goes on from the newest checkpoint, if there is one, and returns it.
@@ -173,7 +181,10 @@ class Trainer:
             return None
         meta = checkpoint.read_meta(path)
         self._refuse_other_run(path, meta)
-        checkpoint.load(path, self.state_dict(), self.world)
+        state = self.state_dict()
+        checkpoint.load(path, state, self.world)
+        self.generator.load_state_dict(state["generator"])
+        self.discriminator.load_state_dict(state["discriminator"])
         self.step, self.images, self.total_skipped = meta["step"], meta["images"], meta["skipped"]
         return path
 
@@ -182,7 +193,9 @@ class Trainer:
         config = self.config
         sizes = [sum(p.numel() for p in each.network.parameters()) for each in (self.generator, self.discriminator)]
         return (
-            f"{config.run_dir}: {self.world.size} rank(s) on {self.world.device.type}, {self.precision.name}\n"
+            f"{config.run_dir}: {self.world.size} rank(s) on {self.world.device.type}, {self.precision.name}"
+            + (", compiled" if self.compiled else "")
+            + "\n"
             f"data: {len(self.train_set):,} images of {config.data.num_classes or 'no'} classes"
             f" in {len(self.train_set.shards.shards)} shards\n"
             f"networks: {config.model.family}, generator {sizes[0]:,} and discriminator {sizes[1]:,} parameters\n"
@@ -203,11 +216,19 @@ class Trainer:
 
     def _latents(self, purpose: Purpose, update: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         latents, labels = self.randomness.draw(purpose, self.step, update)
-        return latents.to(self.world.device, self.precision.dtype), labels.to(self.world.device)
+        device = self.world.device
+        return upload(latents, device).to(self.precision.dtype), upload(labels, device)
+
+    def _mixing(self, update: int) -> list[torch.Tensor]:
+        """For WGAN-GP: the share of the real image in each interpolate, [B / world_size]."""
+        if not self.config.loss.wgan_gp_lambda:
+            return []
+        mixing = self.randomness.draw_uniform(Purpose.MIXING, self.step, update)
+        return [upload(mixing, self.world.device).to(self.precision.dtype)]
 
     @torch.no_grad()
     def _fake(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return self.generator.objective.generate(latents, labels)
+        return self.generate(latents, labels)
 
     def _due(self, every_kimg: float) -> bool:
         """Whether this step reached or passed a multiple of the interval."""
@@ -220,11 +241,9 @@ class Trainer:
         self.data_wait = 0.0
 
     def _log(self, trackers: list[Tracker]) -> None:
-        values = self.meter.read()
-        if bad := [name for name, value in values.items() if not np.isfinite(value)]:
-            raise self._diverged(", ".join(bad))
+        values = self._report_guards() | self.meter.read()
         if "classification/labelled" in values:
-            for name in ("loss/classification", "classification/train_top1"):
+            for name in {"loss/classification", "classification/train_top1"} & values.keys():
                 values[name] /= max(values["classification/labelled"], 1e-9)
         values |= self._report_skipped()
         seconds = time.perf_counter() - self.interval_start
@@ -235,6 +254,14 @@ class Trainer:
         }
         for tracker in trackers:
             tracker.scalars(self.progress, values)
+
+    def _report_guards(self) -> dict[str, float]:
+        """Counts the updates that were left out. Raises TrainingError where the run must stop."""
+        skipped = {player.name: player.guard.report() for player in (self.discriminator, self.generator)}
+        for name, count in skipped.items():
+            if count and self.world.is_main:
+                print(f"warning: {count} update(s) of the {name} before step {self.step} left out: not finite", flush=True)
+        return {f"skipped/{name}_updates": count for name, count in skipped.items()}
 
     def _report_skipped(self) -> dict[str, float]:
         """Counts the samples that others stood in for, over all ranks. Raises DataError if they are too many."""
@@ -273,18 +300,15 @@ class Trainer:
         for tracker in trackers:
             tracker.evaluation(self.progress, evaluation)
 
-    def _refuse_non_finite(self) -> None:
-        for name in ("generator", "discriminator"):
-            parameters = getattr(self, name).network.parameters()
-            if not torch.stack([parameter.isfinite().all() for parameter in parameters]).all():
-                raise self._diverged(f"the {name}'s weights are")
-
-    def _diverged(self, what: str) -> TrainingError:
-        return TrainingError(
-            f"{what} not finite at step {self.step} (kimg {self.images / 1000:.1f}): the newest checkpoint is from before; "
-            "lower the learning rates, or use train.precision=float32",
-            on_every_rank=True,
-        )
+    def _refuse_non_finite(self, state: dict) -> None:
+        tensors = [(name, tensor) for name, tensor in _flat(state) if tensor.is_floating_point()]
+        if not torch.stack([tensor.isfinite().all() for _, tensor in tensors]).all():
+            broken = next(name for name, tensor in tensors if not tensor.isfinite().all())
+            raise TrainingError(
+                f"{broken} is not finite at step {self.step} (kimg {self.images / 1000:g}) and is not saved: the newest "
+                "checkpoint is from before; lower the learning rates, or use train.precision=float32",
+                on_every_rank=True,
+            )
 
     def _refuse_other_run(self, path: Path, meta: dict) -> None:
         saved, now = meta["config"], self.config.model_dump(mode="json")
@@ -301,6 +325,14 @@ class Trainer:
                 "run_dir, or start over with --fresh",
                 on_every_rank=True,
             )
+
+
+def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
 
 
 def _check_batch_size(config: Config, world: World) -> None:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gandist.config import DataConfig, ModelConfig
+from gandist.config import DataConfig, LossConfig, ModelConfig
 from gandist.distributed import join_world
 from gandist.ema import ExponentialMovingAverage
 from gandist.engine import choose_precision
@@ -15,7 +15,7 @@ from gandist.losses import ADVERSARIAL_LOSSES
 from gandist.models import FAMILIES, build_discriminator, build_generator
 from gandist.models.layers import ConditionalBatchNorm, SyncBatchNorm
 from gandist.objective import DiscriminatorObjective, GeneratorObjective
-from gandist.penalties import r1_penalty
+from gandist.penalties import input_gradient, zero_centered
 from gandist.randomness import Purpose, StepRandomness
 from tests.ranks import run_ranks
 
@@ -107,6 +107,7 @@ def test_adversarial_losses_are_their_formulas() -> None:
 
     expected = {
         "hinge": (np.maximum(0, 1 - r).mean() + np.maximum(0, 1 + f).mean(), -f.mean()),
+        "wasserstein": (f.mean() - r.mean(), -f.mean()),
         "non_saturating": (-np.log(sigmoid(r)).mean() - np.log(1 - sigmoid(f)).mean(), -np.log(sigmoid(f)).mean()),
     }
     assert expected.keys() == ADVERSARIAL_LOSSES.keys()
@@ -120,7 +121,8 @@ def test_r1_of_a_quadratic() -> None:
     a = torch.randn(5, 5, dtype=torch.float64)
     a = (a + a.T).requires_grad_()
     x = torch.randn(7, 5, dtype=torch.float64)
-    penalty, aux = r1_penalty(lambda x: ((x @ a * x).sum(1) / 2, 3 * x), x)
+    gradient, aux = input_gradient(lambda x: ((x @ a * x).sum(1) / 2, 3 * x), x)
+    penalty = zero_centered(gradient)
     torch.testing.assert_close(aux, 3 * x)
     torch.testing.assert_close(penalty, (x @ a).square().sum(1).mean() / 2)
     (gradient,) = torch.autograd.grad(penalty, a)
@@ -135,9 +137,7 @@ def test_the_objectives_gradient_is_that_of_the_plain_formula() -> None:
     data, gamma, weight = DataConfig(), 2.0, 0.7
     network = build_discriminator(ModelConfig(), data).double().eval()  # eval: power iteration stands still
     precision = choose_precision("float64", torch.device("cpu"))
-    objective = DiscriminatorObjective(
-        network, ADVERSARIAL_LOSSES["hinge"], class_weight=weight, r1_gamma=gamma, autocast=precision.autocast
-    )
+    objective = DiscriminatorObjective(network, LossConfig(r1_gamma=gamma), class_weight=weight, autocast=precision.autocast)
     real, fake = torch.rand(2, 6, 1, 16, 16, dtype=torch.float64) * 2 - 1
     real_labels, fake_labels = torch.randint(10, (2, 6))
 
@@ -161,7 +161,7 @@ def test_objectives_leave_the_other_player_alone(precision: str) -> None:
     generator, discriminator = build_generator(model, data), build_discriminator(model, data)
     autocast = choose_precision(precision, torch.device("cpu")).autocast
     objective = GeneratorObjective(
-        generator, discriminator, ADVERSARIAL_LOSSES["non_saturating"], class_weight=1.0, autocast=autocast
+        generator, discriminator, LossConfig(adversarial="non_saturating"), class_weight=1.0, autocast=autocast
     )
     assert {id(p) for p in objective.parameters()} == {id(p) for p in generator.parameters()}
     discriminator.requires_grad_(False)

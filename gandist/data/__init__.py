@@ -8,7 +8,7 @@ import numpy as np
 from gandist.config import BUILT_IN, DataConfig, ShardSpec
 from gandist.data.cache import ShardCache
 from gandist.data.decode import ImageFormat
-from gandist.data.device import DeviceBatch, normalize, on_device, to_uint8
+from gandist.data.device import DeviceBatch, normalize, on_device, to_uint8, upload
 from gandist.data.index import LabelRule
 from gandist.data.loader import Batch, Batches, EvaluationBatches, ShardReader, TrainingBatches, load_batches
 from gandist.data.memory import DecodedImages, decode_all, decoded_folder, decoded_size
@@ -20,7 +20,7 @@ from gandist.data.storage import Storage
 from gandist.distributed import World
 from gandist.errors import DataError
 
-__all__ = ["Batch", "Dataset", "DeviceBatch", "normalize", "open_dataset", "to_uint8"]
+__all__ = ["Batch", "Dataset", "DeviceBatch", "normalize", "open_dataset", "to_uint8", "upload"]
 
 SORTED_BY_CLASS = 0.5  # a class mixing below this
 

@@ -36,6 +36,11 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Device
         yield ahead
 
 
+def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on the device, without waiting for what the device still has to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 def normalize(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """uint8 → [-1, 1]"""
     return images.to(dtype) / 127.5 - 1

@@ -6,7 +6,8 @@ from gandist.config import DataConfig, ModelConfig
 from gandist.models.dcgan import DCGANGenerator, DCGANTrunk
 from gandist.models.heads import AuxiliaryClassifierHead, Discriminator, DiscriminatorOutput, ProjectionHead, UnconditionalHead
 
-__all__ = ["Discriminator", "DiscriminatorOutput", "build_discriminator", "build_generator"]
+__all__ = ["Discriminator", "DiscriminatorOutput", "build_discriminator", "build_generator", "recompute_activations"]
+from gandist.models.layers import Block
 
 FAMILIES = {"dcgan": (DCGANGenerator, DCGANTrunk)}
 HEADS = {"projection": ProjectionHead, "auxiliary": AuxiliaryClassifierHead, "none": UnconditionalHead}
@@ -29,3 +30,10 @@ def build_discriminator(model: ModelConfig, data: DataConfig) -> Discriminator:
     _, trunk_of_family = FAMILIES[model.family]
     trunk = trunk_of_family(resolution=data.resolution, channels=data.channels, width=model.discriminator_width)
     return Discriminator(trunk, HEADS[model.conditioning](trunk.features, data.num_classes))
+
+
+def recompute_activations(network: nn.Module) -> None:
+    """The activations inside the network's blocks are no longer kept for the backward pass, but made again there."""
+    for module in network.modules():
+        if isinstance(module, Block):
+            module.recompute = True

@@ -9,10 +9,10 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 from gandist.errors import ConfigError
-from gandist.models.layers import ConditionalBatchNorm
+from gandist.models.layers import Block, ConditionalBatchNorm
+from gandist.models.spectral_norm import spectral_norm
 
 SMALLEST = 4  # pixels of the first feature map of G and the last of D
 SLOPE = 0.1  # of the leaky ReLUs, as in SNGAN
@@ -26,28 +26,46 @@ def stage_widths(width: int, resolution: int) -> list[int]:
     return [width << stage for stage in range(stages + 1)]
 
 
+class UpBlock(Block):
+    """Twice the resolution."""
+
+    def __init__(self, before: int, after: int, num_classes: int):
+        super().__init__()
+        self.upsample = nn.ConvTranspose2d(before, after, 4, stride=2, padding=1, bias=False)
+        self.norm = ConditionalBatchNorm(after, num_classes)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.norm(self.upsample(x), labels))
+
+
+class DownBlock(Block):
+    """Half the resolution."""
+
+    def __init__(self, before: int, after: int):
+        super().__init__()
+        self.downsample = spectral_norm(nn.Conv2d(before, after, 4, stride=2, padding=1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.leaky_relu(self.downsample(x), SLOPE)
+
+
 class DCGANGenerator(nn.Module):
     """width: channels at full resolution, doubled at each halving."""
 
     def __init__(self, *, latent_dim: int, num_classes: int, resolution: int, channels: int, width: int):
         super().__init__()
-        first, *others = reversed(stage_widths(width, resolution))
-        self.project = nn.Linear(latent_dim, first * SMALLEST**2, bias=False)
-        self.norms = nn.ModuleList([ConditionalBatchNorm(first, num_classes)])
-        self.upsamplings = nn.ModuleList()
-        before = first
-        for after in others:
-            self.upsamplings.append(nn.ConvTranspose2d(before, after, 4, stride=2, padding=1, bias=False))
-            self.norms.append(ConditionalBatchNorm(after, num_classes))
-            before = after
-        self.to_image = nn.Conv2d(before, channels, 3, padding=1)
+        widths = stage_widths(width, resolution)[::-1]
+        self.project = nn.Linear(latent_dim, widths[0] * SMALLEST**2, bias=False)
+        self.norm = ConditionalBatchNorm(widths[0], num_classes)
+        self.blocks = nn.ModuleList(UpBlock(before, after, num_classes) for before, after in pairwise(widths))
+        self.to_image = nn.Conv2d(widths[-1], channels, 3, padding=1)
 
     def forward(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """latents [B, Z], labels int64 [B] → images [B, C, H, W] in [-1, 1]"""
         x = self.project(latents).unflatten(1, (-1, SMALLEST, SMALLEST))
-        x = F.relu(self.norms[0](x, labels))
-        for upsample, norm in zip(self.upsamplings, self.norms[1:], strict=True):
-            x = F.relu(norm(upsample(x), labels))
+        x = F.relu(self.norm(x, labels))
+        for block in self.blocks:
+            x = block(x, labels)
         return torch.tanh(self.to_image(x))
 
 
@@ -58,14 +76,12 @@ class DCGANTrunk(nn.Module):
         super().__init__()
         widths = stage_widths(width, resolution)
         self.from_image = spectral_norm(nn.Conv2d(channels, widths[0], 3, padding=1))
-        self.downsamplings = nn.ModuleList(
-            spectral_norm(nn.Conv2d(before, after, 4, stride=2, padding=1)) for before, after in pairwise(widths)
-        )
+        self.blocks = nn.ModuleList(DownBlock(before, after) for before, after in pairwise(widths))
         self.features = widths[-1]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, C, H, W] in [-1, 1] → features [B, F]"""
         x = F.leaky_relu(self.from_image(images), SLOPE)
-        for downsample in self.downsamplings:
-            x = F.leaky_relu(downsample(x), SLOPE)
+        for block in self.blocks:
+            x = block(x)
         return x.sum(dim=(2, 3))

@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrizations import spectral_norm
+
+from gandist.models.spectral_norm import spectral_norm
 
 
 class DiscriminatorOutput(NamedTuple):

@@ -1,16 +1,51 @@
 """Blocks that network families share."""
 
+from contextlib import AbstractContextManager, nullcontext
+from contextvars import ContextVar
+
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+_recomputing = ContextVar("recomputing", default=False)
+
+
+class Block(nn.Module):
+    """A part of a network that draws nothing random. With `recompute` its activations are not kept for the backward pass
+    but made again there (activation checkpointing, Chen et al. 2016, 1604.06174)."""
+
+    recompute = False
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
+        if not (self.recompute and torch.is_grad_enabled()):
+            return super().__call__(*inputs)
+        return checkpoint(
+            super().__call__, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=_first_and_second_pass
+        )
+
+
+def _first_and_second_pass() -> tuple[AbstractContextManager, AbstractContextManager]:
+    return nullcontext(), _Recomputation()
+
+
+class _Recomputation:
+    """Tells the layers within. A pass is made again for each derivative, so it can be entered more than once."""
+
+    def __enter__(self) -> None:
+        self._token = _recomputing.set(True)
+
+    def __exit__(self, *error: object) -> None:
+        _recomputing.reset(self._token)
 
 
 class SyncBatchNorm(_BatchNorm):
     """Batch norm over the global batch (Ioffe & Szegedy 2015, 1502.03167), on any device, differentiable twice.
 
-    `torch.nn.SyncBatchNorm` refuses CPU tensors and has no second derivative. Every rank must bring the same number of
-    samples. In evaluation, and on one rank, it is plain batch norm.
+    `torch.nn.SyncBatchNorm` refuses CPU tensors, has no second derivative and cannot be compiled in one piece. Every rank
+    must bring the same number of samples. The running statistics skip what is not finite, and recomputation.
     """
 
     def _check_input_dim(self, input: torch.Tensor) -> None:
@@ -18,9 +53,23 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(f"batch norm wants [B, C, …], not {tuple(input.shape)}")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+        if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
+        alone = not dist.is_initialized() or dist.get_world_size() == 1
+        output, mean, var = self._normalize_alone(input) if alone else self._normalize_together(input)
+        if not _recomputing.get():
+            self._track(mean, var)
+        return output
+
+    def _normalize_alone(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The output, and the batch's mean and unbiased variance."""
+        mean, var = torch.zeros_like(self.running_mean), torch.zeros_like(self.running_var)
+        output = F.batch_norm(input, mean, var, self.weight, self.bias, training=True, momentum=1.0, eps=self.eps)
+        return output, mean, var
+
+    def _normalize_together(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """As alone, over all ranks."""
         dims = [0, *range(2, input.dim())]
         shape = [1, -1] + [1] * (input.dim() - 2)
         x = input.to(torch.promote_types(input.dtype, torch.float32))
@@ -28,16 +77,19 @@ class SyncBatchNorm(_BatchNorm):
         var, mean = (each.double() for each in torch.var_mean(x, dims, correction=0))
         mean, mean_square = _mean_over_ranks(torch.stack([mean, var + mean.square()]))
         var = mean_square - mean.square()
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            count = input.numel() // input.size(1) * dist.get_world_size()
-            self.running_mean.lerp_(mean.to(x.dtype), self.momentum)
-            self.running_var.lerp_((var * (count / (count - 1))).to(x.dtype), self.momentum)
         scale = torch.rsqrt(var + self.eps)
         normalized = (x - mean.to(x.dtype).view(shape)) * scale.to(x.dtype).view(shape)
         if self.affine:
             normalized = normalized * self.weight.view(shape) + self.bias.view(shape)
-        return normalized.to(input.dtype)
+        count = input.numel() // input.size(1) * dist.get_world_size()
+        return normalized.to(input.dtype), mean, var * (count / (count - 1))
+
+    @torch.no_grad()
+    def _track(self, mean: torch.Tensor, var: torch.Tensor) -> None:
+        self.num_batches_tracked += 1
+        for running, value in ((self.running_mean, mean), (self.running_var, var)):
+            value = value.detach().to(running.dtype)
+            running.lerp_(torch.where(value.isfinite(), value, running), self.momentum)
 
 
 class _SumOverRanks(torch.autograd.Function):

@@ -1,0 +1,33 @@
+"""How the players are updated: with DistributedDataParallel, or with DeepSpeed."""
+
+import torch._dynamo
+from torch import nn
+
+from gandist.config import Config
+from gandist.distributed import World
+from gandist.engine.ddp import DDPPlayer
+from gandist.engine.player import Player, frozen
+from gandist.engine.precision import Precision, choose_compile, choose_precision, set_determinism
+
+__all__ = [
+    "Player",
+    "Precision",
+    "build_player",
+    "choose_compile",
+    "choose_precision",
+    "compile_objective",
+    "frozen",
+    "set_determinism",
+]
+
+
+def compile_objective(objective: nn.Module) -> None:
+    """Its forward and backward become generated code, at the first call."""
+    # DDP would have the graph cut at the bounds of its buckets, and a cut through a penalty's derivative cannot be compiled.
+    torch._dynamo.config.optimize_ddp = False
+    objective.compile()
+
+
+def build_player(name: str, objective: nn.Module, config: Config, world: World, precision: Precision, *, lr: float) -> Player:
+    """name: as errors and statistics call it; lr: Adam's learning rate. Takes the objective's parameters as they are."""
+    return DDPPlayer(name, objective, config, world, precision, lr=lr)

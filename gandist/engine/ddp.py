@@ -1,0 +1,77 @@
+"""Players under DistributedDataParallel."""
+
+import inspect
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gandist.config import Config
+from gandist.distributed import World
+from gandist.engine.player import AdamState, Player
+from gandist.engine.precision import Precision
+
+# Buffers are equal on all ranks already: norms are synchronized. The option was renamed in torch 2.13.
+_renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+NO_BUFFER_SYNC = {"forward_sync_buffers" if _renamed else "broadcast_buffers": False}
+
+# DDP says so where a weight has a dimension of size 1, whose stride means nothing, and then copies the few numbers.
+warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+
+
+class DDPPlayer(Player):
+    """DDP around the objective, compiled where asked, with fused Adam and, in float16, a loss scale."""
+
+    def __init__(self, name: str, objective: nn.Module, config: Config, world: World, precision: Precision, *, lr: float):
+        super().__init__(name, objective, config, world, precision)
+        self.parameters = list(self.network.parameters())
+        self.optimizer = torch.optim.Adam(self.parameters, lr, config.optimizer.betas, config.optimizer.eps, fused=True)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision.name == "float16")
+        self._loss_scale = torch.tensor([self.scaler.get_scale(), 0.0])
+        self.parallel = DistributedDataParallel(
+            objective,
+            device_ids=[world.device] if world.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            **NO_BUFFER_SYNC,
+        )
+
+    def exchanging(self, last: bool) -> AbstractContextManager:
+        return nullcontext() if last else self.parallel.no_sync()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def step(self, step: int) -> torch.Tensor:
+        self.scaler.unscale_(self.optimizer)
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in self.parameters])
+        if self.clip_norm:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
+        self.optimizer.found_inf = self.guard.watch(norm, step)  # fused Adam does nothing where it is 1
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        return norm
+
+    def state_dict(self) -> dict:
+        """The live tensors: what is written into them is loaded, but for the loss scale."""
+        if self.scaler.is_enabled():
+            state = self.scaler.state_dict()
+            self._loss_scale.copy_(torch.tensor([state["scale"], state["_growth_tracker"]]))
+        return {"network": self.network.state_dict(), "optimizer": self._adam_state(), "loss_scale": self._loss_scale}
+
+    def load_state_dict(self, state: dict) -> None:
+        if self.scaler.is_enabled():
+            scale, tracker = state["loss_scale"].tolist()
+            self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": scale, "_growth_tracker": int(tracker)})
+
+    def _adam_state(self) -> AdamState:
+        for parameter in self.parameters:
+            if parameter not in self.optimizer.state:  # as Adam itself does at the first step
+                self.optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                }
+        return {name: self.optimizer.state[parameter] for name, parameter in self.network.named_parameters()}

@@ -1,0 +1,81 @@
+"""A player of the game: an objective with its optimizer, updated on the whole group of ranks."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+
+import torch
+from torch import nn
+
+from gandist.config import Config
+from gandist.distributed import World
+from gandist.engine.guard import NumericalGuard
+from gandist.engine.precision import Precision
+from gandist.models.spectral_norm import power_iteration
+from gandist.objective import Statistics
+
+AdamState = dict[str, dict[str, torch.Tensor]]  # parameter name → "step", "exp_avg", "exp_avg_sq"
+
+
+class Player(ABC):
+    """What both engines share: one optimizer step on the mean loss of equal micro-batches of every rank.
+
+    The objective's forward is the whole loss, so that the engine sees a single backward pass for each micro-batch.
+    """
+
+    def __init__(self, name: str, objective: nn.Module, config: Config, world: World, precision: Precision):
+        self.name = name
+        self.objective = objective
+        self.network: nn.Module = objective.network
+        self.clip_norm = config.optimizer.clip_norm
+        # In float16 the loss scale is found by overflowing.
+        stops = config.train.non_finite == "stop" and precision.name != "float16"
+        self.guard = NumericalGuard(name, world.device, stops=stops)
+
+    def update(self, micro_batches: Iterable[tuple[torch.Tensor, ...]], count: int, step: int) -> list[Statistics]:
+        """One optimizer step, in the run's step number `step`, on `count` micro-batches: inputs of the objective.
+
+        Gradients are exchanged once. Returns this rank's statistics of each micro-batch and of the step, on the device.
+        """
+        power_iteration(self.network)
+        collected = []
+        for number, inputs in enumerate(micro_batches, start=1):
+            with self.exchanging(number == count):
+                loss, statistics = self.parallel(*inputs)
+                # A loss that is not finite on one rank makes the gradient so on all.
+                self.backward(loss / count * torch.where(loss.isfinite(), 1.0, torch.nan))
+            collected.append(statistics)
+        return [*collected, {f"grad/{self.name}_norm": self.step(step)}]
+
+    # What an engine brings.
+
+    parallel: Callable[..., tuple[torch.Tensor, Statistics]]  # the objective, wrapped
+
+    @abstractmethod
+    def exchanging(self, last: bool) -> AbstractContextManager:
+        """Around one micro-batch; the gradient is exchanged in the last."""
+
+    @abstractmethod
+    def backward(self, loss: torch.Tensor) -> None: ...
+
+    @abstractmethod
+    def step(self, step: int) -> torch.Tensor:
+        """Clips, updates the parameters unless the guard objects, clears the gradients. Returns their norm [] before."""
+
+    @abstractmethod
+    def state_dict(self) -> dict:
+        """The tensors of the network and of Adam, by parameter name; equal on all ranks."""
+
+    @abstractmethod
+    def load_state_dict(self, state: dict) -> None:
+        """Takes over what `state_dict` returned, after its tensors were written to."""
+
+
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter of the module takes part in gradients."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)
