@@ -88,6 +88,7 @@ class Trainer:
         self.meter = Meter(world)
         self.skipped: list[str] = []  # on this rank, since the last report
         self.total_skipped = 0  # on all ranks
+        self._start_interval()
 
     @property
     def progress(self) -> dict[str, float]:
@@ -258,9 +259,10 @@ class Trainer:
     def _report_guards(self) -> dict[str, float]:
         """Counts the updates that were left out. Raises TrainingError where the run must stop."""
         skipped = {player.name: player.guard.report() for player in (self.discriminator, self.generator)}
-        for name, count in skipped.items():
-            if count and self.world.is_main:
-                print(f"warning: {count} update(s) of the {name} before step {self.step} left out: not finite", flush=True)
+        if self.world.is_main and self.precision.name != "float16":  # there the loss scale is found so
+            for name, count in skipped.items():
+                if count:
+                    print(f"warning: {count} update(s) of the {name} were not finite and are left out", flush=True)
         return {f"skipped/{name}_updates": count for name, count in skipped.items()}
 
     def _report_skipped(self) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """Networks, losses, penalties, averages and draws, each against an independent reference."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from gandist.errors import ConfigError
 from gandist.losses import ADVERSARIAL_LOSSES
 from gandist.models import FAMILIES, build_discriminator, build_generator
 from gandist.models.layers import ConditionalBatchNorm, SyncBatchNorm
+from gandist.models.spectral_norm import power_iteration, spectral_norm
 from gandist.objective import DiscriminatorObjective, GeneratorObjective
 from gandist.penalties import input_gradient, zero_centered
 from gandist.randomness import Purpose, StepRandomness
@@ -96,6 +99,39 @@ def test_conditional_batch_norm() -> None:
     for i, label in enumerate(labels):
         expected = plain[i] * (1 + layer.gain.weight[label])[:, None, None] + layer.bias.weight[label][:, None, None]
         torch.testing.assert_close(layer(x, labels)[i], expected)
+
+
+def test_running_statistics_pass_over_what_is_not_finite() -> None:
+    norm = SyncBatchNorm(2)
+    norm(torch.tensor([[1.0, torch.inf], [3.0, 0.0]]))
+    torch.testing.assert_close(norm.running_mean, torch.tensor([0.2, 0.0]))
+    torch.testing.assert_close(norm.running_var, torch.tensor([1.1, 1.0]))
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(3, 5, 3), nn.Linear(7, 4), nn.Embedding(6, 3)], ids=lambda each: type(each).__name__
+)
+def test_spectral_norm_is_torchs(layer: nn.Module) -> None:
+    mine, theirs = copy.deepcopy(layer).double(), copy.deepcopy(layer).double()
+    spectral_norm(mine)
+    torch.nn.utils.parametrizations.spectral_norm(theirs)
+    our, their = mine.parametrizations.weight[0], theirs.parametrizations.weight[0]
+    our.u.copy_(their._u)
+    our.v.copy_(their._v)
+    for _ in range(3):
+        power_iteration(nn.Sequential(mine))  # theirs iterates in its forward
+        gradients = []
+        for module in (mine, theirs):
+            weight = module.weight
+            gradients.append(torch.autograd.grad(weight.square().sin().sum(), module.parametrizations.weight.original)[0])
+        torch.testing.assert_close(mine.weight, theirs.eval().weight)
+        theirs.train()
+        torch.testing.assert_close(*gradients)
+    before = copy.deepcopy(mine.state_dict())
+    assert all(torch.equal(value, mine.state_dict()[name]) for name, value in before.items()), "a pass changes nothing"
+    for _ in range(300):
+        power_iteration(mine)
+    torch.testing.assert_close(torch.linalg.matrix_norm(mine.weight.flatten(1), 2), torch.tensor(1.0, dtype=torch.float64))
 
 
 def test_adversarial_losses_are_their_formulas() -> None:

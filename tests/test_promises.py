@@ -1,6 +1,7 @@
 """Promises 1 and 2 of a whole run: it does not depend on the number of ranks, and a resume is exact."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def train(run_dir: Path, cache_dir: Path, world_size: int, *overrides: str) -> N
         "evaluation.num_images=300",
         "tracking.wandb=off",
     ]
-    run_ranks(world_size, main, [*arguments, *overrides])
+    run_ranks(world_size, main, [*arguments, *overrides], timeout=280)
 
 
 def final_state(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -100,6 +101,31 @@ def test_resume_is_exact(tmp_path: Path, cache_dir: Path) -> None:
         train(resumed, cache_dir, 2, halfway)
         train(resumed, cache_dir, world_size)
         assert_same_run(straight, resumed, 0 if world_size == 2 else 1e-9)
+
+
+PENALIZED = ("loss.r2_gamma=0.5", "loss.wgan_gp_lambda=2.0", "loss.adversarial=wasserstein", "train.accumulation=2")
+
+
+@pytest.mark.parametrize("how", ["train.activation_checkpointing=true", "train.compile=true"])
+def test_how_it_is_computed_does_not_matter(tmp_path: Path, cache_dir: Path, how: str) -> None:
+    """Activations made twice, or the whole objectives compiled, penalties with them, on two ranks against one."""
+    train(tmp_path / "plain", cache_dir, 1, *PENALIZED, "train.compile=false")
+    train(tmp_path / "other", cache_dir, 2, *PENALIZED, how)
+    assert_same_run(tmp_path / "plain", tmp_path / "other", 1e-9)
+
+
+def deterministic_run(run_dir: Path, cache_dir: Path) -> tuple[bool, str | None]:
+    arguments = [f"run_dir={run_dir}", f"data.cache_dir={cache_dir}", "train.kimg=1", "train.deterministic=true"]
+    main([*arguments, "evaluation.metrics=[]", "tracking.wandb=off", "tracking.every_kimg=0.064"])
+    return torch.are_deterministic_algorithms_enabled(), os.environ.get("CUBLAS_WORKSPACE_CONFIG")
+
+
+def test_a_deterministic_run_gives_the_same_bits_again(tmp_path: Path, cache_dir: Path) -> None:
+    for name in ("a", "b"):
+        assert run_ranks(2, deterministic_run, tmp_path / name, cache_dir) == [(True, ":4096:8")] * 2
+    a, b = (final_state(tmp_path / name) for name in ("a", "b"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(tensor, b[name]) for name, tensor in a.items())
 
 
 def test_weights_have_moved_and_the_seed_matters(tmp_path: Path, cache_dir: Path) -> None:

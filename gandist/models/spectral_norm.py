@@ -17,8 +17,9 @@ class SpectralNorm(nn.Module):
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()
-        self.register_buffer("u", F.normalize(torch.randn(weight.size(0)), dim=0))
-        self.register_buffer("v", F.normalize(torch.randn(weight[0].numel()), dim=0))
+        weight = weight.detach()
+        self.register_buffer("u", F.normalize(weight.new_empty(weight.size(0)).normal_(), dim=0))
+        self.register_buffer("v", F.normalize(weight.new_empty(weight[0].numel()).normal_(), dim=0))
         self.iterate(weight, FIRST_ITERATIONS)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
