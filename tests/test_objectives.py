@@ -117,7 +117,7 @@ EAGER = [
     *itertools.starmap(Case, itertools.product(PENALTIES, ["float64"], [1, 2, 3], [False, True])),
     *(Case(penalty, "bfloat16") for penalty in PENALTIES),
 ]
-# More than DDP's first bucket of 1 MiB, at whose end it would cut the graph, in the midst of the derivative; and in half the bits.
+# More than DDP's first bucket of 1 MiB, at whose end it would cut the graph, in the midst of the derivative; and bfloat16.
 COMPILED = [Case("all", compiled=True, width=64), Case("r1", "bfloat16", compiled=True)]
 
 
