@@ -22,10 +22,10 @@ MODEL = ModelConfig(discriminator_width=4, generator_width=4, latent_dim=8)
 DATA = DataConfig(resolution=16, num_classes=5)
 PENALTIES = {
     "none": {},
-    "r1": {"r1_gamma": 3.0},
-    "r2": {"r2_gamma": 3.0},
+    "r1": {"r1_gamma": 30.0},
+    "r2": {"r2_gamma": 30.0},
     "wgan_gp": {"wgan_gp_lambda": 10.0},
-    "all": {"r1_gamma": 3.0, "r2_gamma": 2.0, "wgan_gp_lambda": 10.0},
+    "all": {"r1_gamma": 30.0, "r2_gamma": 20.0, "wgan_gp_lambda": 10.0},
 }
 CLASS_WEIGHT = 0.7
 
@@ -38,7 +38,6 @@ class Case(NamedTuple):
     accumulation: int = 1
     recompute: bool = False
     compiled: bool = False
-    width: int = 4
 
 
 def batch(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
@@ -51,16 +50,14 @@ def batch(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     return real.to(dtype), real_labels, fake.to(dtype), fake_labels, mixing.to(dtype)
 
 
-def build(dtype: torch.dtype, width: int = 4) -> Discriminator:
+def build(dtype: torch.dtype) -> Discriminator:
     torch.manual_seed(0)
-    return build_discriminator(MODEL.model_copy(update={"discriminator_width": width}), DATA).to(
-        dtype=dtype, memory_format=torch.channels_last
-    )
+    return build_discriminator(MODEL, DATA).to(dtype=dtype, memory_format=torch.channels_last)
 
 
-def plain_gradients(penalty: str, width: int = 4) -> Gradients:
+def plain_gradients(penalty: str) -> Gradients:
     """Separate passes, the formulas as the papers have them, autograd.grad, float64."""
-    network = build(torch.float64, width)
+    network = build(torch.float64)
     real, real_labels, fake, fake_labels, mixing = batch(torch.float64)
     weights = LossConfig(**PENALTIES[penalty])
     mixed = mixing[:, None, None, None] * real + (1 - mixing[:, None, None, None]) * fake
@@ -84,7 +81,7 @@ def ddp_gradients(case: Case, world: World) -> Gradients:
     """As a player of the engine makes them, from this rank's share."""
     precision = choose_precision(case.precision, world.device)
     loss = LossConfig(**PENALTIES[case.penalty])
-    network = build(precision.dtype, case.width)
+    network = build(precision.dtype)
     if case.recompute:
         recompute_activations(network)
     objective = DiscriminatorObjective(network, loss, class_weight=CLASS_WEIGHT, autocast=precision.autocast)
@@ -117,26 +114,25 @@ EAGER = [
     *itertools.starmap(Case, itertools.product(PENALTIES, ["float64"], [1, 2, 3], [False, True])),
     *(Case(penalty, "bfloat16") for penalty in PENALTIES),
 ]
-# More than DDP's first bucket of 1 MiB, at whose end it would cut the graph, in the midst of the derivative; and bfloat16.
-COMPILED = [Case("all", compiled=True, width=64), Case("r1", "bfloat16", compiled=True)]
+COMPILED = [Case("all", "bfloat16", compiled=True)]  # in float64, and in several buckets: tests/test_promises.py
 
 
 @pytest.mark.parametrize("cases", [EAGER, COMPILED], ids=["eager", "compiled"])
 def test_gradients_of_two_ranks_are_those_of_the_plain_formula(cases: list[Case]) -> None:
     expected = {penalty: plain_gradients(penalty) for penalty in PENALTIES}
     for one, other in itertools.combinations(PENALTIES, 2):
-        assert distance(expected[one], expected[other]) > 0.3, "a penalty left out or taken for another would be seen"
+        assert distance(expected[one], expected[other]) > 0.2, "a penalty left out or taken for another would be seen"
     for on_ranks in run_ranks(2, all_gradients, cases):
         for case, gradients in zip(cases, on_ranks, strict=True):
-            tolerance = 1e-10 if case.precision == "float64" else 0.15
-            assert distance(gradients, plain_gradients(case.penalty, case.width)) < tolerance, case
+            tolerance = 1e-10 if case.precision == "float64" else 0.08
+            assert distance(gradients, expected[case.penalty]) < tolerance, case
 
 
 def test_a_penalty_on_a_discriminator_with_batch_norm_is_refused() -> None:
     network = build(torch.float64)
-    network.trunk.blocks.append(SyncBatchNorm(8))
+    network.trunk.blocks.append(SyncBatchNorm(16))
     autocast = choose_precision("float64", torch.device("cpu")).autocast
-    with pytest.raises(ConfigError, match=r"batch norm \(trunk.blocks.1\).*penalty r1: set its weight to 0"):
+    with pytest.raises(ConfigError, match=r"batch norm \(trunk.blocks.2\).*penalty r1: set its weight to 0"):
         DiscriminatorObjective(network, LossConfig(r1_gamma=1.0), class_weight=1.0, autocast=autocast)
     DiscriminatorObjective(network, LossConfig(), class_weight=1.0, autocast=autocast)
 
