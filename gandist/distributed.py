@@ -1,19 +1,21 @@
 """Process groups, the device of this rank, agreement between ranks, and the wrapper of every entry point."""
 
 import os
+import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from gandist.errors import ConfigError, GandistError
+from gandist.launcher import Launch, read_launch, report
+from gandist.rendezvous import join_timeout, meet, roll_call
 
 TIMEOUT = timedelta(minutes=10)
 _LOST_PEER = "Connection closed by peer", "Connection reset by peer"
@@ -72,29 +74,37 @@ class World:
 @contextmanager
 def join_world() -> Iterator[World]:
     """Joins the process group that the launcher describes in the environment, or makes one of this process alone."""
-    launched = "RANK" in os.environ
-    rank = int(os.environ.get("RANK", 0))
-    size = int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(f"{local_rank + 1} processes or more but {torch.cuda.device_count()} GPU(s): start one a GPU")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    else:
-        device = torch.device("cpu")
-        backend = "gloo"
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
-    if launched:
-        dist.init_process_group(backend, timeout=TIMEOUT)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=rank, world_size=size, timeout=TIMEOUT)
-    yield World(rank, size, local_rank, local_size, device, dist.new_group(backend="gloo", timeout=TIMEOUT))
+    launch = read_launch()
+    device, backend = _choose_device(launch)
+    rank, size, seconds = launch.rank, launch.size, join_timeout()
+    store = meet(launch, seconds)
+    with roll_call(store, launch, seconds):
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+        control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        present = torch.ones((), device=device)
+        dist.all_reduce(present)  # connects NCCL, which otherwise waits for the first gradients
+        present.item()
+    yield World(rank, size, launch.local_rank, launch.local_size, device, control)
     # Not in a `finally`: a rank that fails must leave at once, and the others may be inside a collective.
     dist.destroy_process_group()
+
+
+def _choose_device(launch: Launch) -> tuple[torch.device, str]:
+    """The device of this rank and the backends of the groups that use it."""
+    local_rank = launch.local_rank
+    if not torch.cuda.is_available():
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_size))
+        return torch.device("cpu"), "gloo"
+    gpus = torch.cuda.device_count()
+    if launch.slurm and gpus == 1:
+        local_rank = 0  # srun --gpus-per-task=1
+    if local_rank >= gpus:
+        problem = f"process {local_rank} of {socket.gethostname()} finds {gpus} GPU(s)"
+        raise ConfigError(f"{problem}: start one process a GPU", on_every_rank=False)
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device, "cpu:gloo,cuda:nccl"
 
 
 def run(main: Callable[[], None]) -> None:
@@ -119,13 +129,8 @@ def run(main: Callable[[], None]) -> None:
     guarded()
 
 
-def _fail(message: str, *, on_every_rank: bool = False) -> None:
-    rank = os.environ.get("RANK", "0")
-    if on_every_rank and rank != "0":
-        time.sleep(10)  # the launcher ends all ranks when the first one ends: that shall be rank 0, which speaks
-        sys.exit(1)
-    where = f" (rank {rank})" if "RANK" in os.environ and not on_every_rank else ""
-    print(f"error{where}: {message}", file=sys.stderr, flush=True)
+def _fail(message: str, *, on_every_rank: bool = False) -> NoReturn:
+    report(message, on_every_rank=on_every_rank)
     sys.exit(1)
 
 

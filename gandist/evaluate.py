@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epilog="example: python -m gandist.evaluate runs/digits evaluation.num_images=5000",
     )
     parser.add_argument("run_dir", type=Path, metavar="RUN", help="the run's folder")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # deepspeed's launcher appends it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the run's configuration")
     options = parser.parse_intermixed_args(arguments)
     config = load_config(options.run_dir / RUN_CONFIG, options.overrides)

@@ -35,6 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file; default: the built-in digits")
     parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and exit")
     parser.add_argument("--fresh", action="store_true", help="start over; what is in run_dir is moved aside, not removed")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # deepspeed's launcher appends it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the configuration, such as train.kimg=200")
     options = parser.parse_intermixed_args(arguments)
     config = load_config(options.config, options.overrides)

@@ -13,6 +13,8 @@ ROWS = [
     "gandist",
     "gandist.errors",
     "gandist.config",
+    "gandist.launcher",
+    "gandist.rendezvous",
     "gandist.distributed",
     "gandist.preemption",
     "gandist.data.order",

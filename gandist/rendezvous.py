@@ -1,0 +1,239 @@
+"""The ranks find each other before they train: who has come, who is missing, who does not answer.
+
+They meet in a store (a small server of keys and values) that the launcher or rank 0 serves. It may outlive its ranks:
+torchrun starts failed ones anew against the same store. So they meet in rounds, and all that they exchange lies under
+the number of the round; what dead ranks left behind lies under an earlier one.
+"""
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import groupby
+
+import torch.distributed as dist
+
+from gandist.errors import ConfigError, GandistError
+from gandist.launcher import Launch, read_address, report
+
+TIMEOUT_VARIABLE = "GANDIST_JOIN_TIMEOUT"
+_COMPLETE = "complete"
+_GRACE = 3.0  # s in which a living rank answers a roll call
+_LOST = "the connection to the store of the ranks was lost: rank 0 or its launcher ended first, see its own message"
+
+
+def join_timeout() -> float:
+    """Seconds for all ranks to join, and again for their first exchange."""
+    text = os.environ.get(TIMEOUT_VARIABLE, "120")
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0
+    if not 0 < seconds < float("inf"):
+        raise ConfigError(f"{TIMEOUT_VARIABLE}={text} is not a number of seconds", on_every_rank=False)
+    return seconds
+
+
+def meet(launch: Launch, seconds: float) -> dist.Store:
+    """The store of this round, once every rank has joined it."""
+    if launch.size == 1:
+        return dist.HashStore()
+    deadline = time.monotonic() + seconds
+    host, port = read_address(launch)
+    with _time_limit(seconds + 2 * _GRACE, f"what listens at {host}:{port} does not answer as the store of this run does"):
+        store = _open_store(launch, host, port, seconds)
+        try:
+            number = int(store.compare_set("round", "", "0"))
+            while True:
+                meeting = _Round(store, number, launch)
+                if meeting.join() and meeting.wait(seconds, deadline):
+                    return meeting.store
+                number = int(store.compare_set("round", str(number), str(number + 1)))
+        except dist.DistError as error:
+            raise GandistError(_LOST) from error
+
+
+def _open_store(launch: Launch, host: str, port: int, seconds: float) -> dist.Store:
+    here, deadline = socket.gethostname(), time.monotonic() + seconds
+    serves = launch.rank == 0 and not launch.agent_store
+    while True:  # torch would try again too, but prints a stack for each attempt
+        try:
+            if serves:
+                socket.getaddrinfo(host, port)
+            else:
+                socket.create_connection((host, port), timeout=5).close()
+            break
+        except OSError as error:
+            reason = error.strerror or error
+            if serves:
+                raise GandistError(f"MASTER_ADDR={host} is not known on {here}, which it should be: {reason}") from error
+            if time.monotonic() > deadline:
+                problem = f"rank 0 cannot be reached from {here} within {seconds:g} s at {host}:{port} ({reason})"
+                advice = "see in its log whether it runs, and whether MASTER_ADDR is its address and no firewall is between"
+                raise GandistError(f"{problem}: {advice}") from error
+            time.sleep(0.1)
+    try:
+        return dist.TCPStore("localhost" if serves else host, port, launch.size, serves, wait_for_workers=False)
+    except dist.DistError as error:
+        problem = f"port {port} of {here} is taken" if serves else f"what listens at {host}:{port} is not the store of a run"
+        raise GandistError(f"{problem}, probably by another run: set MASTER_PORT to a free one") from error
+
+
+class _Round:
+    """One attempt of all ranks to meet. It ends once, with an outcome: complete, or an error that all of them report."""
+
+    def __init__(self, root: dist.Store, number: int, launch: Launch):
+        self.store = dist.PrefixStore(f"round {number}", root)
+        self._is_newest = lambda: int(root.get("round")) == number
+        self._launch = launch
+
+    def join(self) -> bool:
+        """False where the round is over, or this rank's place is that of a process which this one replaces."""
+        if self.store.check(["outcome"]):
+            return False
+        rank, size, attempt = self._launch.rank, self._launch.size, self._launch.attempt
+        me = f"{attempt} {socket.gethostname()} {os.getpid()}"
+        other = self.store.compare_set(_seat(rank), "", me).decode()
+        if other != me:
+            if int(other.split()[0]) < attempt:
+                return False
+            twice = f"rank {rank} was started twice, on {_whereabouts(other)} and on {_whereabouts(me)}"
+            self._fail(f"{twice}: each node needs a number of its own (NODE_RANK)")
+        first, of = map(int, self.store.compare_set("size", "", f"{rank} {size}").split())
+        if of != size:
+            sizes = f"rank {first} was started as one of {of} ranks, but rank {rank} as one of {size}"
+            self._fail(f"{sizes}: start every node with the same numbers of nodes and processes")
+        if self.store.check([_seat(each) for each in range(size)]):
+            self.store.compare_set("outcome", "", _COMPLETE)
+        return True
+
+    def wait(self, seconds: float, deadline: float) -> bool:
+        """Until all have joined. False where the ranks have gone on to another round."""
+        size = self._launch.size
+        while not self.store.check(["outcome"]):
+            if not self._is_newest():
+                return False
+            if time.monotonic() > deadline:
+                missing = [rank for rank in range(size) if not self.store.check([_seat(rank)])]
+                joined = _by_host(self.store, [rank for rank in range(size) if rank not in missing])
+                problem = f"{_ranks(missing)} not joined within {seconds:g} s (joined: {joined})"
+                self._fail(f"{problem}: look at the log of the missing; {TIMEOUT_VARIABLE}=600 waits longer")
+            time.sleep(min(0.5, 0.02 + size / 1000))  # all ranks ask one server
+        outcome = self.store.get("outcome").decode()
+        if outcome != _COMPLETE:
+            raise GandistError(outcome, on_every_rank=True)
+        return True
+
+    def _fail(self, problem: str) -> None:
+        """Tells all ranks. The one that does so first also says it aloud."""
+        outcome = self.store.compare_set("outcome", "", problem).decode()
+        if outcome == problem:
+            time.sleep(1)  # so that the others can read it: the store may end with this process
+            raise GandistError(problem)
+
+
+@contextmanager
+def roll_call(store: dist.Store, launch: Launch, seconds: float) -> Iterator[None]:
+    """Guards what the ranks do together first: if it fails or takes longer than `seconds`, those who are silent are named.
+
+    A rank can be stuck outside of Python, where no exception reaches it. So a thread of its own answers to the call, and
+    ends the process.
+    """
+    if launch.size == 1:
+        yield
+        return
+    line = store.clone()  # of its own: a collective may wait on the other
+    over = threading.Event()
+    failure: list[RuntimeError] = []
+    verdict: list[GandistError] = []
+
+    def answer() -> None:
+        deadline = time.monotonic() + seconds
+        try:
+            while not (failure or line.check(["call"]) or time.monotonic() > deadline):
+                if over.wait(0.1):
+                    return
+            line.set("call", "")
+            line.set(f"here {launch.rank}", "")
+            time.sleep(_GRACE)
+            verdict.append(_verdict(line, launch, seconds, failure))
+        except dist.DistError:
+            verdict.append(GandistError(_LOST))
+        if not (failure or over.is_set()):
+            _end_process(verdict[0])
+
+    thread = threading.Thread(target=answer, daemon=True)
+    first = f"rank {_by_host(store, [0])} does not answer: look at its log and at its node"
+    with _time_limit(seconds + 3 * _GRACE, first):
+        thread.start()
+        try:
+            yield
+        except RuntimeError as error:
+            failure.append(error)
+            thread.join()
+            raise verdict[0] from error
+        line.set(f"through {launch.rank}", "")
+        over.set()
+
+
+def _verdict(store: dist.Store, launch: Launch, seconds: float, failure: list[RuntimeError]) -> GandistError:
+    """What the ranks say of those that do not answer; of those that do, the first one says it aloud."""
+    here = [rank for rank in range(launch.size) if store.check([f"here {rank}"])]
+    through = [rank for rank in range(launch.size) if store.check([f"through {rank}"])]
+    silent = sorted(set(range(launch.size)) - set(here) - set(through))
+    reason = str(failure[0]).partition("\n")[0] if failure else f"not done after {seconds:g} s"
+    if silent:
+        which = f"rank {_by_host(store, silent)}"
+        text = f"{which} joined, but does not answer in the first exchange ({reason}): look at its log and at its node"
+    else:
+        problem = f"all ranks answer, but their first exchange failed ({reason})"
+        advice = "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME choose the network, NCCL_DEBUG=INFO tells more"
+        text = f"{problem}: {advice}"
+    return GandistError(text, on_every_rank=bool(here) and launch.rank != here[0])
+
+
+@contextmanager
+def _time_limit(seconds: float, problem: str) -> Iterator[None]:
+    """Ends this process with an error if the block takes longer, even if it is stuck outside of Python."""
+    timer = threading.Timer(seconds, lambda: _end_process(GandistError(problem)))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _end_process(error: GandistError) -> None:
+    """As gandist.distributed.run does, but from a thread, while the main one may be out of reach."""
+    report(str(error), on_every_rank=error.on_every_rank)
+    os._exit(1)
+
+
+def _seat(rank: int) -> str:
+    return f"seat {rank}"
+
+
+def _whereabouts(seat: str) -> str:
+    _, host, process = seat.split()
+    return f"{host} (process {process})"
+
+
+def _ranks(ranks: list[int]) -> str:
+    """'rank 3 has', 'ranks 2-3, 5 have'"""
+    return f"rank {_ranges(ranks)} has" if len(ranks) == 1 else f"ranks {_ranges(ranks)} have"
+
+
+def _ranges(ranks: Iterable[int]) -> str:
+    runs = [[rank for _, rank in run] for _, run in groupby(enumerate(ranks), lambda pair: pair[1] - pair[0])]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _by_host(store: dist.Store, ranks: list[int]) -> str:
+    """'0-3 on node-a, 4 on node-b'"""
+    hosts: dict[str, list[int]] = {}
+    for rank in ranks:
+        hosts.setdefault(store.get(_seat(rank)).decode().split()[1], []).append(rank)
+    return ", ".join(f"{_ranges(each)} on {host}" for host, each in hosts.items())
