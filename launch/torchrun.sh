@@ -1,0 +1,46 @@
+#!/usr/bin/env bash
+# Trains with torchrun: on this node, or on several, started once on each. Arguments are those of gandist.train.
+#   bash launch/torchrun.sh [--config FILE] [key=value ...]
+#
+#   bash launch/torchrun.sh run_dir=runs/a
+#   MODULE=gandist.evaluate NPROC_PER_NODE=4 bash launch/torchrun.sh runs/a
+#   NNODES=2 NODE_RANK=0 MASTER_ADDR=node-a bash launch/torchrun.sh run_dir=/shared/runs/a    # on node-a
+#   NNODES=2 NODE_RANK=1 MASTER_ADDR=node-a bash launch/torchrun.sh run_dir=/shared/runs/a    # on the other node
+#
+# From the environment:
+#   NPROC_PER_NODE            processes on this node; default: one a GPU, or two where there is none
+#   NNODES, NODE_RANK         how many nodes, and which of them this is, from 0
+#   MASTER_ADDR, MASTER_PORT  node 0 as the others reach it, and a free port there (default 29500)
+#   MODULE                    what runs (default gandist.train)
+#   GANDIST_JOIN_TIMEOUT      seconds until a missing node or rank is an error (default 120)
+#   PET_...                   torchrun's other options, such as PET_MAX_RESTARTS=3 for --max-restarts=3
+set -euo pipefail
+if [[ ${1:-} == --help ]]; then
+  sed -n '/^set /q; 2,$s/^# \{0,1\}//p' "$0"
+  exit
+fi
+
+python=python own=$(dirname "$0")/../.venv/bin/python
+if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -x $own ]]; then python=$own; fi
+
+if [[ -z ${NPROC_PER_NODE:-} ]]; then
+  gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+  NPROC_PER_NODE=$((gpus > 0 ? gpus : 2))
+fi
+nodes=(--standalone)
+if ((${NNODES:-1} > 1)); then
+  : "${NODE_RANK:?number of this node, from 0}" "${MASTER_ADDR:?address of node 0}"
+  # Not --rdzv-backend=c10d: there, any node may become the one with rank 0.
+  nodes=(--nnodes="$NNODES" --node-rank="$NODE_RANK" --master-addr="$MASTER_ADDR" --master-port="${MASTER_PORT:-29500}"
+    --rdzv-conf=timeout="${GANDIST_JOIN_TIMEOUT:-120}")
+fi
+
+threads=$(($(nproc) / NPROC_PER_NODE))
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# When a collective hangs: end the process at once, not by way of NCCL, which may hang as well, and leave a record of the
+# last collectives, for `torchfrtrace`.
+export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-3}
+export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
+exec "$python" -m torch.distributed.run "${nodes[@]}" --nproc-per-node="$NPROC_PER_NODE" -m "${MODULE:-gandist.train}" "$@"
