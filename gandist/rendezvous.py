@@ -42,7 +42,8 @@ def meet(launch: Launch, seconds: float) -> dist.Store:
         return dist.HashStore()
     deadline = time.monotonic() + seconds
     host, port = read_address(launch)
-    with _time_limit(seconds + 2 * _GRACE, f"what listens at {host}:{port} does not answer as the store of this run does"):
+    silence = f"{host}:{port} does not answer as the store of this run should: rank 0 hangs, or another program has the port"
+    with _time_limit(seconds + 2 * _GRACE, silence):
         store = _open_store(launch, host, port, seconds)
         try:
             number = int(store.compare_set("round", "", "0"))
@@ -144,29 +145,30 @@ def roll_call(store: dist.Store, launch: Launch, seconds: float) -> Iterator[Non
     if launch.size == 1:
         yield
         return
-    line = store.clone()  # of its own: a collective may wait on the other
-    over = threading.Event()
-    failure: list[RuntimeError] = []
-    verdict: list[GandistError] = []
+    silence = "rank 0, or the launcher on its node, does not answer: look at its log and at its node"
+    with _time_limit(seconds + 2 * _GRACE, silence) as limit:
+        line = store.clone()  # of its own: a collective may wait on the other
+        over = threading.Event()
+        failure: list[RuntimeError] = []
+        verdict: list[GandistError] = []
 
-    def answer() -> None:
-        deadline = time.monotonic() + seconds
-        try:
-            while not (failure or line.check(["call"]) or time.monotonic() > deadline):
-                if over.wait(0.1):
-                    return
-            line.set("call", "")
-            line.set(f"here {launch.rank}", "")
-            time.sleep(_GRACE)
-            verdict.append(_verdict(line, launch, seconds, failure))
-        except dist.DistError:
-            verdict.append(GandistError(_LOST))
-        if not (failure or over.is_set()):
-            _end_process(verdict[0])
+        def answer() -> None:
+            deadline = time.monotonic() + seconds
+            try:
+                while not (failure or line.check(["call"]) or time.monotonic() > deadline):
+                    if over.wait(0.1):
+                        return
+                line.set("call", "")
+                line.set(f"here {launch.rank}", "")
+                time.sleep(_GRACE)
+                verdict.append(_verdict(line, launch, seconds, failure))
+            except dist.DistError:
+                verdict.append(GandistError(_LOST))
+            limit.cancel()
+            if not (failure or over.is_set()):
+                _end_process(verdict[0])
 
-    thread = threading.Thread(target=answer, daemon=True)
-    first = f"rank {_by_host(store, [0])} does not answer: look at its log and at its node"
-    with _time_limit(seconds + 3 * _GRACE, first):
+        thread = threading.Thread(target=answer, daemon=True)
         thread.start()
         try:
             yield
@@ -195,13 +197,13 @@ def _verdict(store: dist.Store, launch: Launch, seconds: float, failure: list[Ru
 
 
 @contextmanager
-def _time_limit(seconds: float, problem: str) -> Iterator[None]:
+def _time_limit(seconds: float, problem: str) -> Iterator[threading.Timer]:
     """Ends this process with an error if the block takes longer, even if it is stuck outside of Python."""
     timer = threading.Timer(seconds, lambda: _end_process(GandistError(problem)))
     timer.daemon = True
     timer.start()
     try:
-        yield
+        yield timer
     finally:
         timer.cancel()
 
