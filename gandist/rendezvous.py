@@ -101,38 +101,46 @@ class _Round:
             if int(other.split()[0]) < attempt:
                 return False
             twice = f"rank {rank} was started twice, on {_whereabouts(other)} and on {_whereabouts(me)}"
-            self._fail(f"{twice}: each node needs a number of its own (NODE_RANK)")
+            raise _conclude(self.store, self._launch, f"{twice}: each node needs a number of its own (NODE_RANK)")
         first, of = map(int, self.store.compare_set("size", "", f"{rank} {size}").split())
         if of != size:
             sizes = f"rank {first} was started as one of {of} ranks, but rank {rank} as one of {size}"
-            self._fail(f"{sizes}: start every node with the same numbers of nodes and processes")
-        if self.store.check([_seat(each) for each in range(size)]):
-            self.store.compare_set("outcome", "", _COMPLETE)
+            advice = "start every node with the same numbers of nodes and processes"
+            raise _conclude(self.store, self._launch, f"{sizes}: {advice}")
+        if self.store.add("seats taken", 1) == size:
+            self.store.set("full", "")
         return True
 
     def wait(self, seconds: float, deadline: float) -> bool:
-        """Until all have joined. False where the ranks have gone on to another round."""
-        size = self._launch.size
+        """Until all have joined. False where the ranks have gone on to another round.
+
+        When all places are taken, all confirm: one may have died meanwhile, and been started anew into another round.
+        """
+        rank, size, confirmed = self._launch.rank, self._launch.size, False
         while not self.store.check(["outcome"]):
             if not self._is_newest():
                 return False
+            if not confirmed and self.store.check(["full"]):
+                confirmed = True
+                self.store.set(f"confirmed {rank}", "")
+                if self.store.add("confirmations", 1) == size:
+                    self.store.compare_set("outcome", "", _COMPLETE)
             if time.monotonic() > deadline:
-                missing = [rank for rank in range(size) if not self.store.check([_seat(rank)])]
-                joined = _by_host(self.store, [rank for rank in range(size) if rank not in missing])
-                problem = f"{_ranks(missing)} not joined within {seconds:g} s (joined: {joined})"
-                self._fail(f"{problem}: look at the log of the missing; {TIMEOUT_VARIABLE}=600 waits longer")
+                raise _conclude(self.store, self._launch, self._missing(seconds))
             time.sleep(min(0.5, 0.02 + size / 1000))  # all ranks ask one server
         outcome = self.store.get("outcome").decode()
         if outcome != _COMPLETE:
-            raise GandistError(outcome, on_every_rank=True)
+            raise GandistError(outcome.partition(" ")[2], on_every_rank=True)
         return True
 
-    def _fail(self, problem: str) -> None:
-        """Tells all ranks. The one that does so first also says it aloud."""
-        outcome = self.store.compare_set("outcome", "", problem).decode()
-        if outcome == problem:
-            time.sleep(1)  # so that the others can read it: the store may end with this process
-            raise GandistError(problem)
+    def _missing(self, seconds: float) -> str:
+        joined = [rank for rank in range(self._launch.size) if self.store.check([_seat(rank)])]
+        missing = [rank for rank in range(self._launch.size) if rank not in joined]
+        if not missing:
+            silent = [rank for rank in joined if not self.store.check([f"confirmed {rank}"])]
+            return f"rank {_by_host(self.store, silent)} joined, but does not answer: look at its log and at its node"
+        problem = f"{_ranks(missing)} not joined within {seconds:g} s (joined: {_by_host(self.store, joined)})"
+        return f"{problem}: look at the log of the missing; {TIMEOUT_VARIABLE}=600 waits longer"
 
 
 @contextmanager
@@ -148,22 +156,24 @@ def roll_call(store: dist.Store, launch: Launch, seconds: float) -> Iterator[Non
     silence = "rank 0, or the launcher on its node, does not answer: look at its log and at its node"
     with _time_limit(seconds + 2 * _GRACE, silence) as limit:
         line = store.clone()  # of its own: a collective may wait on the other
+        call = dist.PrefixStore("roll call", line)
         over = threading.Event()
         failure: list[RuntimeError] = []
         verdict: list[GandistError] = []
 
         def answer() -> None:
-            deadline = time.monotonic() + seconds
+            deadline, called = time.monotonic() + seconds, False
             try:
                 while not (failure or line.check(["call"]) or time.monotonic() > deadline):
                     if over.wait(0.1):
                         return
                 line.set("call", "")
                 line.set(f"here {launch.rank}", "")
+                called = True
                 time.sleep(_GRACE)
-                verdict.append(_verdict(line, launch, seconds, failure))
-            except dist.DistError:
-                verdict.append(GandistError(_LOST))
+                verdict.append(_conclude(call, launch, _who_is_silent(line, launch, seconds, failure)))
+            except dist.DistError:  # in a roll call, rank 0 has said what there is to say
+                verdict.append(GandistError(_LOST, on_every_rank=called))
             limit.cancel()
             if not (failure or over.is_set()):
                 _end_process(verdict[0])
@@ -180,20 +190,26 @@ def roll_call(store: dist.Store, launch: Launch, seconds: float) -> Iterator[Non
         over.set()
 
 
-def _verdict(store: dist.Store, launch: Launch, seconds: float, failure: list[RuntimeError]) -> GandistError:
-    """What the ranks say of those that do not answer; of those that do, the first one says it aloud."""
-    here = [rank for rank in range(launch.size) if store.check([f"here {rank}"])]
-    through = [rank for rank in range(launch.size) if store.check([f"through {rank}"])]
-    silent = sorted(set(range(launch.size)) - set(here) - set(through))
+def _who_is_silent(store: dist.Store, launch: Launch, seconds: float, failure: list[RuntimeError]) -> str:
+    here = [rank for rank in range(launch.size) if store.check([f"here {rank}"]) or store.check([f"through {rank}"])]
+    silent = [rank for rank in range(launch.size) if rank not in here]
     reason = str(failure[0]).partition("\n")[0] if failure else f"not done after {seconds:g} s"
     if silent:
         which = f"rank {_by_host(store, silent)}"
-        text = f"{which} joined, but does not answer in the first exchange ({reason}): look at its log and at its node"
-    else:
-        problem = f"all ranks answer, but their first exchange failed ({reason})"
-        advice = "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME choose the network, NCCL_DEBUG=INFO tells more"
-        text = f"{problem}: {advice}"
-    return GandistError(text, on_every_rank=bool(here) and launch.rank != here[0])
+        return f"{which} joined, but does not answer in the first exchange ({reason}): look at its log and at its node"
+    advice = "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME choose the network, NCCL_DEBUG=INFO tells more"
+    return f"all ranks answer, but their first exchange failed ({reason}): {advice}"
+
+
+def _conclude(store: dist.Store, launch: Launch, problem: str) -> GandistError:
+    """The error of all ranks: that of the first one to come to a conclusion, which it alone says aloud."""
+    mine = f"{launch.rank} {problem}"
+    first = store.compare_set("outcome", "", mine).decode()
+    if first == _COMPLETE:
+        return GandistError(problem)
+    if first == mine:
+        time.sleep(1)  # so that the others can read it: the store may end with this process
+    return GandistError(first.partition(" ")[2], on_every_rank=first != mine)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 import os
 import re
 import socket
-import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ from gandist.distributed import run
 from gandist.errors import ConfigError
 from gandist.launcher import Launch, read_address, read_launch
 from gandist.rendezvous import _Round, meet
-from tests.ranks import ROOT, _command, _kill, _start, run_command
+from tests.ranks import ROOT, _command, _kill, _start
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "7"}
 DEEPSPEED = {"RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "MASTER_ADDR": "b", "MASTER_PORT": "29500"}
@@ -134,12 +133,12 @@ CASES: dict[str, tuple[tuple[str, str, str], list[dict[str, str]], str]] = {
     "two never come": (
         NOBODY,
         [{"WORLD_SIZE": "4"}] * 2,
-        r"ranks 2-3 have not joined within 4 s \(joined: 0-1 on \S+\): look at .+; GANDIST_JOIN_TIMEOUT=600 waits longer",
+        r"ranks 2-3 have not joined within 6 s \(joined: 0-1 on \S+\): look at .+; GANDIST_JOIN_TIMEOUT=600 waits longer",
     ),
     "the first never comes": (
         NOBODY,
         [{"RANK": "1", "WORLD_SIZE": "2"}],
-        r"rank 0 cannot be reached from \S+ within 4 s at 127.0.0.1:\d+ \(Connection refused\): see in its log",
+        r"rank 0 cannot be reached from \S+ within 6 s at 127.0.0.1:\d+ \(Connection refused\): see in its log",
     ),
     "another number of ranks": (
         NOBODY,
@@ -187,7 +186,7 @@ def ends() -> dict[str, list[tuple[int | None, str]]]:
 def see_the_end(
     stop: tuple[str, str, str], environments: list[dict[str, str]], port: int | None
 ) -> list[tuple[int | None, str]]:
-    common = {"GANDIST_JOIN_TIMEOUT": "4"} | ({"MASTER_PORT": str(port)} if port else {})
+    common = {"GANDIST_JOIN_TIMEOUT": "6"} | ({"MASTER_PORT": str(port)} if port else {})
     changes = [[f"{name}={value}" for name, value in (common | own).items()] for own in environments]
     with tempfile.TemporaryDirectory() as folder:
         errors = [Path(folder) / str(rank) for rank in range(len(changes))]
@@ -238,10 +237,3 @@ def test_rounds(monkeypatch) -> None:
     stores[0].set("address 0", "new")
     assert [each.get("address 0") for each in stores] == [b"new"] * 3
     assert not stores[1].check(["address 1"]), "the dead rank's address is out of sight"
-
-
-def test_torchrun_starts_ranks_anew() -> None:
-    options = ["--standalone", "--nproc_per_node=2", "--max-restarts=1", "-m", "tests.joins", "SIGKILL", "1", "all_reduce"]
-    result = run_command(sys.executable, "-m", "torch.distributed.run", *options)
-    assert result.returncode == 0, result.stderr
-    assert sorted(re.findall(r"rank \d of 2 joined", result.stdout)) == ["rank 0 of 2 joined", "rank 1 of 2 joined"]
