@@ -46,4 +46,18 @@ export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-3} # as in torchrun.sh
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
-exec "$python" -m deepspeed.launcher.runner "${options[@]}" "${MODULE:-gandist.train}" "$@"
+launch=("$python" -m deepspeed.launcher.runner "${options[@]}" "${MODULE:-gandist.train}" "$@")
+if [[ -n ${HOSTFILE:-} && -z ${NO_SSH:-} ]]; then exec "${launch[@]}"; fi
+
+# Of a SIGTERM, this launcher would die and leave its children and the ranks behind. They get it instead, and save.
+"${launch[@]}" &
+runner=$!
+trap 'kill -TERM $(<"/proc/$runner/task/$runner/children")' TERM
+trap : INT # of a Ctrl-C, they have their own
+code=0
+wait "$runner" || code=$?
+while kill -0 "$runner" 2>/dev/null; do # it was a signal that ended the waiting
+  code=0
+  wait "$runner" || code=$?
+done
+exit "$code"

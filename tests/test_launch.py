@@ -5,7 +5,8 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -14,7 +15,8 @@ import pytest
 
 from tests.ranks import ROOT, launch, run_command
 
-SHORT = ["train.kimg=0.2", "evaluation.metrics=[]", "tracking.wandb=off"]
+QUIET = ["evaluation.metrics=[]", "tracking.wandb=off"]
+STOPPED = ["deepspeed"]  # runs that a signal to the script ends
 ONE_NODE = {"NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
 
 
@@ -36,18 +38,26 @@ def started(tmp_path_factory, cache_dir: Path, environment: dict[str, str]) -> I
     (folder / "hosts").write_text("node-a slots=1\nnode-b slots=1\n")
 
     def run(script: str, name: str, *nodes: dict[str, str]) -> list[CompletedProcess]:
-        command = ["bash", f"launch/{script}.sh", *SHORT, f"data.cache_dir={cache_dir}", f"run_dir={folder / name}"]
+        length = "train.kimg=1000" if name in STOPPED else "train.kimg=0.2"
+        command = ["bash", f"launch/{script}.sh", *QUIET, length, f"data.cache_dir={cache_dir}", f"run_dir={folder / name}"]
         processes = [
             subprocess.Popen(command, cwd=ROOT, env=environment | node, stdout=-1, stderr=-1, text=True) for node in nodes
         ]
-        outputs = [process.communicate(timeout=150) for process in processes]
+        try:
+            if name in STOPPED:
+                until(lambda: (folder / name / "metrics.jsonl").exists() or processes[0].poll() is not None)
+                processes[0].terminate()
+            outputs = [process.communicate(timeout=150) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
         return [CompletedProcess(command, each.returncode, *out) for each, out in zip(processes, outputs, strict=True)]
 
     def two_nodes(**variables: str) -> list[dict[str, str]]:
         common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"} | variables
         return [common | {"NODE_RANK": str(rank)} for rank in range(2)]
 
-    without_ssh = two_nodes(HOSTFILE=str(folder / "hosts"), NO_SSH="1")
+    without_ssh = two_nodes(HOSTFILE=str(folder / "hosts"), NO_SSH="1", DS_ACCELERATOR="cpu")
     with ThreadPoolExecutor(2) as pool:
         yield {
             "torchrun": pool.submit(run, "torchrun", "torchrun", ONE_NODE),
@@ -57,7 +67,7 @@ def started(tmp_path_factory, cache_dir: Path, environment: dict[str, str]) -> I
         }
 
 
-@pytest.mark.parametrize("case", ["torchrun", "deepspeed", "torchrun, two nodes", "deepspeed, two nodes"])
+@pytest.mark.parametrize("case", ["torchrun", "torchrun, two nodes", "deepspeed, two nodes"])
 def test_a_run_goes_to_its_end(started, case: str) -> None:
     nodes = started[case].result()
     assert [node.returncode for node in nodes] == [0] * len(nodes), "".join(node.stderr for node in nodes)
@@ -65,6 +75,13 @@ def test_a_run_goes_to_its_end(started, case: str) -> None:
     assert "\nfinished: " in nodes[0].stdout
     assert [node.stdout for node in nodes[1:]] == [""] * (len(nodes) - 1), "rank 0 is on the first node"
     assert not re.search(r"warn|error|INFO", "".join(node.stderr for node in nodes), re.IGNORECASE)
+
+
+def test_a_signal_to_the_deepspeed_launcher_saves_and_stops(started) -> None:
+    (node,) = started["deepspeed"].result()
+    assert ": 2 rank(s) on cpu" in node.stdout, node.stderr
+    assert "\nstopped by a signal at kimg " in node.stdout, node.stderr
+    assert node.returncode == 1
 
 
 def test_ranks_started_anew_meet_anew(environment: dict[str, str]) -> None:
@@ -110,6 +127,12 @@ def test_deepspeeds_local_rank_is_ignored(module: str, option: list[str]) -> Non
     with_it, without = (launch(1, module, *arguments) for arguments in ([*option, *own], own))
     assert (with_it.returncode, with_it.stdout, with_it.stderr) == (without.returncode, without.stdout, without.stderr)
     assert "local" not in launch(1, module, "--help").stdout
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 100
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.2)
 
 
 def free_port() -> int:
