@@ -183,7 +183,8 @@ class TrackingConfig(Section):
 class Config(Section):
     run_dir: ExpandedPath = Path("runs/digits")
     seed: Annotated[Integer, Field(ge=0)] = 0
-    engine: Literal["ddp"] = "ddp"
+    engine: Literal["ddp", "deepspeed"] = "ddp"  # what updates the networks on all ranks
+    zero_stage: Integer | None = None  # with deepspeed. 0: nothing is sharded, 1: Adam's state, 2: gradients too; null: 1
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
@@ -205,6 +206,34 @@ class Config(Section):
             raise ValueError(
                 f"evaluation.metrics has {', '.join(sorted(classified))}, which need classes: leave them out with "
                 "data.num_classes=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stage_fits_the_engine(self) -> "Config":
+        if self.zero_stage == 3:
+            raise ValueError(
+                "zero_stage=3 shards the weights, but the second derivatives of a gradient penalty, the generator's update, "
+                "the averaged generator and checkpoints need them whole: use zero_stage=2, or 1"
+            )
+        if self.zero_stage not in (None, 0, 1, 2):
+            raise ValueError(f"zero_stage={self.zero_stage}: there are the stages 0, 1 and 2, and null for the default")
+        if self.zero_stage is not None and self.engine != "deepspeed":
+            raise ValueError(
+                f"zero_stage={self.zero_stage} is an option of DeepSpeed: say engine=deepspeed too, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _precision_fits_the_engine(self) -> "Config":
+        if self.engine == "deepspeed" and self.train.precision in ("float16", "float64"):
+            raise ValueError(
+                f"engine=deepspeed cannot do train.precision={self.train.precision}: "
+                + {
+                    "float16": "its loss scale and this one's guard would each leave out other updates; use bfloat16",
+                    "float64": "it keeps weights and Adam's state in float32; use float32",
+                }[self.train.precision]
+                + ", or engine=ddp"
             )
         return self
 
@@ -240,6 +269,11 @@ class Config(Section):
                     "with your own data say evaluation.metrics=[accuracy]"
                 )
         return self
+
+    @property
+    def stage(self) -> int:
+        """ZeRO's, with DeepSpeed."""
+        return 1 if self.zero_stage is None else self.zero_stage
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

@@ -52,6 +52,7 @@ ROWS = [
     "gandist.engine.guard",
     "gandist.engine.player",
     "gandist.engine.ddp",
+    "gandist.engine.zero",
     "gandist.engine",
     "gandist.checkpoint",
     "gandist.evaluation",

@@ -30,4 +30,8 @@ def compile_objective(objective: nn.Module) -> None:
 
 def build_player(name: str, objective: nn.Module, config: Config, world: World, precision: Precision, *, lr: float) -> Player:
     """name: as errors and statistics call it; lr: Adam's learning rate. Takes the objective's parameters as they are."""
+    if config.engine == "deepspeed":
+        from gandist.engine.zero import DeepSpeedPlayer  # which loads DeepSpeed
+
+        return DeepSpeedPlayer(name, objective, config, world, precision, lr=lr)
     return DDPPlayer(name, objective, config, world, precision, lr=lr)

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gandist.config import Config
 from gandist.distributed import World
-from gandist.engine.player import AdamState, Player
+from gandist.engine.player import AdamState, Player, adam_state
 from gandist.engine.precision import Precision
 
 # Buffers are equal on all ranks already: norms are synchronized. The option was renamed in torch 2.13.
@@ -67,11 +67,5 @@ class DDPPlayer(Player):
             self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": scale, "_growth_tracker": int(tracker)})
 
     def _adam_state(self) -> AdamState:
-        for parameter in self.parameters:
-            if parameter not in self.optimizer.state:  # as Adam itself does at the first step
-                self.optimizer.state[parameter] = {
-                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-                }
-        return {name: self.optimizer.state[parameter] for name, parameter in self.network.named_parameters()}
+        states = adam_state(self.optimizer)
+        return {name: states[parameter] for name, parameter in self.network.named_parameters()}

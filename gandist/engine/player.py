@@ -71,6 +71,19 @@ class Player(ABC):
         """Takes over what `state_dict` returned, after its tensors were written to."""
 
 
+def adam_state(optimizer: torch.optim.Adam) -> dict[torch.Tensor, dict[str, torch.Tensor]]:
+    """Its live state of each of its parameters, made if there was no step yet."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter not in optimizer.state:  # as Adam itself does at the first step
+                optimizer.state[parameter] = {
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                }
+    return optimizer.state
+
+
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """No parameter of the module takes part in gradients."""
