@@ -196,6 +196,7 @@ class Trainer:
         return (
             f"{config.run_dir}: {self.world.size} rank(s) on {self.world.device.type}, {self.precision.name}"
             + (", compiled" if self.compiled else "")
+            + (f", DeepSpeed with ZeRO stage {config.stage}" if config.engine == "deepspeed" else "")
             + "\n"
             f"data: {len(self.train_set):,} images of {config.data.num_classes or 'no'} classes"
             f" in {len(self.train_set.shards.shards)} shards\n"

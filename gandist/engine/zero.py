@@ -1,6 +1,8 @@
 """Players under DeepSpeed, which shards Adam's state and the gradients over the ranks (ZeRO, Rajbhandari et al. 2020,
 1910.02054)."""
 
+import atexit
+import gc
 import os
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
@@ -119,4 +121,13 @@ def _import_deepspeed(world: World) -> ModuleType:
     # On CPUs it would compile a shared-memory exchange that training does not use, for minutes.
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed()
+    atexit.register(_let_go_of_groups)
     return deepspeed
+
+
+def _let_go_of_groups() -> None:
+    """A process group that outlives the interpreter can abort the process: its threads meet what is gone already."""
+    from deepspeed.utils import groups
+
+    groups._release_process_group_references()
+    gc.collect()  # engines, which hold one as well, and themselves
