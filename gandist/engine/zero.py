@@ -76,11 +76,12 @@ class DeepSpeedPlayer(Player):
         from deepspeed.utils import safe_set_full_optimizer_state
 
         self.parallel.optimizer.refresh_fp32_params()  # the flat weights from the network's
+        (flat,) = adam_state(self.optimizer).values()
         for name, parameter in self.parameters.items():
+            saved = state["optimizer"][name]
             for moment in MOMENTS:
-                safe_set_full_optimizer_state(parameter, state["optimizer"][name][moment], moment)
-        for flat in adam_state(self.optimizer).values():
-            flat["step"].copy_(state["optimizer"][name]["step"])
+                safe_set_full_optimizer_state(parameter, saved[moment], moment)
+            flat["step"].copy_(saved["step"])
 
     def _adam_state(self) -> AdamState:
         states = adam_state(self.optimizer)
@@ -121,12 +122,14 @@ def _import_deepspeed(world: World) -> ModuleType:
     # On CPUs it would compile a shared-memory exchange that training does not use, for minutes.
     deepspeed.ops.__compatible_ops__ = {}
     deepspeed.init_distributed()
-    atexit.register(_let_go_of_groups)
     return deepspeed
 
 
+@atexit.register
 def _let_go_of_groups() -> None:
     """A process group that outlives the interpreter can abort the process: its threads meet what is gone already."""
+    if dist.is_initialized():
+        return  # a failed rank shall leave at once, without waiting for what its groups still do
     from deepspeed.utils import groups
 
     groups._release_process_group_references()
