@@ -43,9 +43,7 @@ def arguments(run_dir: Path, cache_dir: Path, *overrides: str) -> list[str]:
 
 
 def test_eight_processes_run_to_the_end(tmp_path: Path, cache_dir: Path) -> None:
-    result = torchrun(
-        8, "gandist.train", f"run_dir={tmp_path / 'r'}", f"data.cache_dir={cache_dir}", "train.kimg=1", timeout=280
-    )
+    result = launch(8, "gandist.train", *arguments(tmp_path / "r", cache_dir), timeout=280)
     assert result.returncode == 0, result.stderr
     assert f"finished: {tmp_path / 'r'}" in result.stdout
 
@@ -201,7 +199,7 @@ def drop_forty_labels(source: Path, target: Path) -> None:
 def test_a_sample_that_breaks_ends_all_ranks(imperfect, tmp_path: Path, cache_dir: Path, in_memory: str) -> None:
     """In mid-run, or before it begins where the data is decoded at once."""
     options = arguments(tmp_path / "r", cache_dir, *imperfect, f"data.in_memory={in_memory}")
-    result = torchrun(2, "gandist.train", *options, timeout=90)
+    result = (torchrun if in_memory == "0" else launch)(2, "gandist.train", *options, timeout=90)
     assert result.returncode != 0
     pattern = r"^error( \(rank \d\))?: .*02\.tar: sample 'train-\d+' \(byte \d+\): the image cannot be decoded"
     assert len(re.findall(pattern, result.stderr, re.MULTILINE)) >= 1
