@@ -124,17 +124,32 @@ class TrainConfig(Section):
     batch_size: Count = 64  # images a discriminator update, over all ranks and micro-batches
     discriminator_updates: Count = 1  # for each generator update
     accumulation: Count = 1  # micro-batches an update is split into
+    micro_batch_size: Count | None = None  # in place of it: the most images of one rank in one pass, whatever the ranks
     precision: Literal["auto", "float64", "float32", "tf32", "bfloat16", "float16"] = "auto"  # bfloat16 on GPUs that have it
     compile: Literal["auto"] | bool = "auto"  # whether torch.compile makes the steps; auto: on GPUs
     activation_checkpointing: bool = False  # saves memory: activations are computed again in the backward pass
     non_finite: Literal["stop", "skip"] = "stop"  # at an update whose gradient is not finite
     deterministic: bool = False  # the same command gives the same bits again, at some cost in speed
+    timeout_minutes: Positive = 10.0  # a rank that makes no progress for so long ends the run with an error
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> "TrainConfig":
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation={self.accumulation} does not divide batch_size={self.batch_size}")
         return self
+
+    @model_validator(mode="after")
+    def _one_way_to_split(self) -> "TrainConfig":
+        if self.micro_batch_size and self.accumulation != 1:
+            raise ValueError("accumulation and micro_batch_size both say how an update is split: leave out one of them")
+        return self
+
+    def accumulation_on(self, world_size: int) -> int:
+        """Micro-batches of an update on so many ranks."""
+        if self.micro_batch_size is None:
+            return self.accumulation
+        images = self.batch_size // world_size
+        return next(count for count in range(1, images + 1) if images % count == 0 and images // count <= self.micro_batch_size)
 
     @model_validator(mode="after")
     def _compiled_or_recomputed(self) -> "TrainConfig":

@@ -17,8 +17,8 @@ from gandist.errors import ConfigError, GandistError
 from gandist.launcher import Launch, read_launch, report
 from gandist.rendezvous import join_timeout, meet, roll_call
 
-TIMEOUT = timedelta(minutes=10)
-_LOST_PEER = "Connection closed by peer", "Connection reset by peer"
+_LOST_PEER = "Connection closed by peer", "Connection reset by peer", "Broken pipe"
+_SILENT_PEER = "Timed out waiting", "Application timeout caused pair closure"
 
 
 @dataclass(frozen=True)
@@ -72,15 +72,19 @@ class World:
 
 
 @contextmanager
-def join_world() -> Iterator[World]:
-    """Joins the process group that the launcher describes in the environment, or makes one of this process alone."""
+def join_world(timeout_minutes: float = 10) -> Iterator[World]:
+    """Joins the process group that the launcher describes in the environment, or makes one of this process alone.
+
+    timeout_minutes: after which an exchange that a rank does not take part in becomes an error
+    """
+    timeout = timedelta(minutes=timeout_minutes)
     launch = read_launch()
     device, backend = _choose_device(launch)
     rank, size, seconds = launch.rank, launch.size, join_timeout()
     store = meet(launch, seconds)
     with roll_call(store, launch, seconds):
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
-        control = dist.new_group(backend="gloo", timeout=TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        control = dist.new_group(backend="gloo", timeout=timeout)
         present = torch.ones((), device=device)
         dist.all_reduce(present)  # connects NCCL, which otherwise waits for the first gradients
         present.item()
@@ -122,9 +126,11 @@ def run(main: Callable[[], None]) -> None:
         except OSError as error:
             _fail(_explain(error))
         except RuntimeError as error:
-            if not any(sign in str(error) for sign in _LOST_PEER):
-                raise
-            _fail("the connection to another rank was lost: it failed first, see its own message")
+            if any(sign in str(error) for sign in _LOST_PEER):
+                _fail("the connection to another rank was lost: it failed first, see its own message")
+            if any(sign in str(error) for sign in _SILENT_PEER):
+                _fail("another rank does not answer: it hangs, or its node or the network between is gone; see its log")
+            raise
 
     guarded()
 

@@ -22,6 +22,7 @@ class Launch:
     local_size: int  # ranks on this node
     attempt: int = 0  # how often the launcher has started this rank before
     agent_store: bool = False  # the store in which the ranks meet is torchrun's own; else rank 0 serves it
+    supervised: bool = False  # a process of torchrun started this one and waits for it
     slurm: bool = False  # srun started this process itself; it may show each process one GPU only
 
 
@@ -37,6 +38,7 @@ def read_launch() -> Launch:
             local_size=_number(local_size, size),
             attempt=_number("TORCHELASTIC_RESTART_COUNT", 0),
             agent_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+            supervised="TORCHELASTIC_RUN_ID" in os.environ,
         )
     elif _is_task_of_srun():
         size = _tasks_of_step()

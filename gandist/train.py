@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.print_config:
         print(config.to_yaml(), end="")
         return
-    with join_world() as world:
+    with join_world(config.train.timeout_minutes) as world:
         train(config, world, fresh=options.fresh)
 
 

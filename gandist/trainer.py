@@ -20,27 +20,34 @@ from gandist.errors import CheckpointError, ConfigError, DataError, TrainingErro
 from gandist.evaluation.evaluator import Evaluator
 from gandist.models import build_discriminator, build_generator, recompute_activations
 from gandist.objective import DiscriminatorObjective, GeneratorObjective
-from gandist.preemption import StopRequest
+from gandist.preemption import Stopped, StopRequest
 from gandist.randomness import Purpose, StepRandomness, draw_latents, random_stream
 from gandist.tracking import Meter, Tracker, open_trackers, sample_grid
+from gandist.watchdog import Watchdog
 
 SAMPLES_PER_CLASS = 10
 GRID_CLASSES = 32
+AFTER_EXCHANGES = 5.0  # s by which the watchdog waits longer than an exchange does, which knows better what is wrong
 NAMED_SKIPS = 10  # skipped samples that are named, and that are always allowed
 
 
 class Trainer:
-    """One run, on one rank. Its state is `step`, `images` and the tensors of `state_dict`; all else follows from these.
+    """One run, on one rank. Its state is `step`, `images`, `evaluation_pending` and the tensors of `state_dict`; all
+    else follows from these.
 
-    images: real images shown to the discriminator so far, which is also the position in the data
+    images:             real images shown to the discriminator so far, which is also the position in the data
+    evaluation_pending: whether this step is yet to be evaluated: a stop may come in the midst of it
     """
 
     def __init__(self, config: Config, world: World):
         _check_batch_size(config, world)
         self.config = config
         self.world = world
+        self.accumulation = config.train.accumulation_on(world.size)
+        self.watchdog = Watchdog(config.train.timeout_minutes * 60 + AFTER_EXCHANGES)
         self.step = 0
         self.images = 0
+        self.evaluation_pending = False
         self.images_per_step = config.train.batch_size * config.train.discriminator_updates
 
         # Open the data.
@@ -95,8 +102,12 @@ class Trainer:
         return {"step": self.step, "kimg": self.images / 1000}
 
     @property
-    def finished(self) -> bool:
+    def trained(self) -> bool:
         return self.images >= self.config.train.kimg * 1000
+
+    @property
+    def finished(self) -> bool:
+        return self.trained and not self.evaluation_pending
 
     def train(self) -> None:
         """Trains from where the run stands to its end, or until asked to stop. Saves in either case."""
@@ -105,28 +116,33 @@ class Trainer:
         stop = StopRequest(self.world)
         stopping = False
         self._start_interval()
-        with closing(self._open_batches()) as batches:
+        with self.watchdog.watching(), closing(self._open_batches()) as batches:
             while not (self.finished or stopping):
-                self.train_step(batches)
-                stopping = stop.agreed()
-                saving = self.finished or stopping or self._due(config.checkpoint.every_kimg)
-                logging = saving or self._due(config.tracking.every_kimg)
-                if logging:
-                    self._log(trackers)
-                if self.finished or self._due(config.tracking.samples_every_kimg):
-                    self._draw_samples(trackers)
-                if config.evaluation.metrics and (self.finished or self._due(config.evaluation.every_kimg)):
-                    self._evaluate(trackers)
+                saving, logging = self.evaluation_pending, False  # pending here: a stop came in the midst of it
+                if not self.evaluation_pending:
+                    self.train_step(batches)
+                    stopping = stop.agreed()
+                    self.evaluation_pending = bool(config.evaluation.metrics) and self._due(config.evaluation.every_kimg)
+                    saving = stopping or self._due(config.checkpoint.every_kimg)
+                    logging = saving or self._due(config.tracking.every_kimg)
+                    if logging:
+                        self._log(trackers)
+                    if self._due(config.tracking.samples_every_kimg):
+                        self._draw_samples(trackers)
+                if self.evaluation_pending and not stopping:
+                    stopping = not self._evaluate(trackers, stop)
+                    saving |= stopping
                 if saving:
                     self.save()
                 if logging:
                     self._start_interval()
+        self.watchdog.doing("finishing")
         for tracker in trackers:
             tracker.finish()
 
     def train_step(self, batches: Iterator[DeviceBatch]) -> None:
         """One iteration of Goodfellow et al. 2014 (1406.2661), algorithm 1: updates of D, one of G, one of the average."""
-        count = self.config.train.accumulation
+        count = self.accumulation
         for update in range(self.config.train.discriminator_updates):
             real, real_labels = self._next_real(batches)
             latents, labels = self._latents(Purpose.DISCRIMINATOR, update)
@@ -154,12 +170,14 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint. Raises CheckpointError where that fails, TrainingError rather than save what is broken."""
+        self.watchdog.doing(f"saving step {self.step}")
         state = self.state_dict()
         self._refuse_non_finite(state)
         meta = {
             **self.progress,
             "images": self.images,
             "skipped": self.total_skipped,
+            "evaluation_pending": self.evaluation_pending,
             "world_size": self.world.size,
             "data_fingerprint": self.train_set.fingerprint,
             "config": self.config.model_dump(mode="json"),
@@ -187,6 +205,7 @@ class Trainer:
         self.generator.load_state_dict(state["generator"])
         self.discriminator.load_state_dict(state["discriminator"])
         self.step, self.images, self.total_skipped = meta["step"], meta["images"], meta["skipped"]
+        self.evaluation_pending = meta["evaluation_pending"]
         return path
 
     def describe(self) -> str:
@@ -211,7 +230,9 @@ class Trainer:
     def _next_real(self, batches: Iterator[DeviceBatch]) -> tuple[torch.Tensor, torch.Tensor]:
         """Images [B / world_size, C, H, W] in [-1, 1] and their labels, on the device."""
         start = time.perf_counter()
+        self.watchdog.doing(f"waiting for data after step {self.step}")
         images, labels, skipped = next(batches)
+        self.watchdog.doing(f"computing step {self.step + 1}, or waiting for other ranks in it")
         self.data_wait += time.perf_counter() - start
         self.skipped += skipped.values()
         return normalize(images, self.precision.dtype), labels
@@ -233,9 +254,9 @@ class Trainer:
         return self.generate(latents, labels)
 
     def _due(self, every_kimg: float) -> bool:
-        """Whether this step reached or passed a multiple of the interval."""
+        """Whether this step reached or passed a multiple of the interval, or the end."""
         interval = round(every_kimg * 1000)
-        return self.images // interval > (self.images - self.images_per_step) // interval
+        return self.trained or self.images // interval > (self.images - self.images_per_step) // interval
 
     def _start_interval(self) -> None:
         self.interval_start = time.perf_counter()
@@ -298,10 +319,23 @@ class Trainer:
         for tracker in trackers:
             tracker.samples(self.progress, grid)
 
-    def _evaluate(self, trackers: list[Tracker]) -> None:
-        evaluation = self.evaluator(self.ema.module, self.discriminator.network, **self.progress)
+    def _evaluate(self, trackers: list[Tracker], stop: StopRequest) -> bool:
+        """False where a request to stop came first."""
+
+        def between_batches() -> None:
+            self.watchdog.doing(f"evaluating step {self.step}")
+            stop.leave()
+
+        try:
+            evaluation = self.evaluator(
+                self.ema.module, self.discriminator.network, **self.progress, between_batches=between_batches
+            )
+        except Stopped:
+            return False
+        self.evaluation_pending = False
         for tracker in trackers:
             tracker.evaluation(self.progress, evaluation)
+        return True
 
     def _refuse_non_finite(self, state: dict) -> None:
         tensors = [(name, tensor) for name, tensor in _flat(state) if tensor.is_floating_point()]
@@ -339,11 +373,12 @@ def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _check_batch_size(config: Config, world: World) -> None:
-    batch_size, parts = config.train.batch_size, world.size * config.train.accumulation
+    batch_size, accumulation = config.train.batch_size, config.train.accumulation  # 1 beside micro_batch_size, which adapts
+    parts = world.size * accumulation
     if batch_size % parts:
-        fitting = [n for n in range(1, batch_size + 1) if batch_size % (n * config.train.accumulation) == 0]
+        fitting = [n for n in range(1, batch_size + 1) if batch_size % (n * accumulation) == 0]
         raise ConfigError(
-            f"train.batch_size={batch_size} cannot be split evenly over {world.size} rank(s) × {config.train.accumulation} "
+            f"train.batch_size={batch_size} cannot be split evenly over {world.size} rank(s) × {accumulation} "
             f"micro-batch(es): use {max(1, batch_size // parts) * parts}, or run {', '.join(map(str, fitting))} ranks"
         )
 

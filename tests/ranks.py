@@ -29,32 +29,41 @@ def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, ti
     """`function(*arguments)` in every rank of a gloo world, with the environment torchrun gives. Returns all results."""
     with tempfile.TemporaryDirectory() as folder:
         results = [Path(folder) / str(rank) for rank in range(world_size)]
-        ranks = _start(world_size, lambda rank: (_rank, results[rank], function, arguments))
+        ranks = start_ranks(world_size, lambda rank: (_rank, results[rank], function, arguments))
         for rank in ranks:
             rank.join(timeout)
-        hanging = _kill(ranks)
+        hanging = end_ranks(ranks)
         codes = [rank.exitcode for rank in ranks]
         assert not hanging, f"ranks hang after {timeout} s: {codes}"
         assert codes == [0] * world_size, f"exit codes {codes}"
         return [pickle.loads(result.read_bytes()) for result in results]
 
 
+def run_and_kill(world_size: int, seconds: float, function: Callable[..., Any], *arguments: Any) -> None:
+    """`function(*arguments)` in every rank, all of which are killed after so long."""
+    ranks = start_ranks(world_size, lambda rank: (function, *arguments))
+    deadline = time.monotonic() + seconds
+    for rank in ranks:
+        rank.join(max(0.0, deadline - time.monotonic()))
+    end_ranks(ranks)
+
+
 def launch(world_size: int, module: str, *arguments: str, timeout: float = 120) -> subprocess.CompletedProcess:
     """As `torchrun`, which takes 10 s longer: the module's command in every rank; when one fails the others are ended."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(world_size)]
-        ranks = _start(world_size, lambda rank: (_command, *outputs[rank], module, arguments))
+        ranks = start_ranks(world_size, lambda rank: (_command, *outputs[rank], module, arguments))
         deadline = time.monotonic() + timeout
         while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
-            assert time.monotonic() < deadline or not _kill(ranks), f"ranks hang after {timeout} s"
+            assert time.monotonic() < deadline or not end_ranks(ranks), f"ranks hang after {timeout} s"
             time.sleep(0.02)
         code = next((rank.exitcode for rank in ranks if rank.exitcode), 0)
-        _kill(ranks)
+        end_ranks(ranks)
         out, err = ("".join(path.read_text() for path in each) for each in zip(*outputs, strict=True))
         return subprocess.CompletedProcess([module, *arguments], code, out, err)
 
 
-def _start(world_size: int, work: Callable[[int], tuple]) -> list[Any]:
+def start_ranks(world_size: int, work: Callable[[int], tuple]) -> list[Any]:
     """A process for each rank, which runs `work(rank)`: a function and its arguments."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -65,11 +74,12 @@ def _start(world_size: int, work: Callable[[int], tuple]) -> list[Any]:
     return ranks
 
 
-def _kill(ranks: list[Any]) -> list[Any]:
+def end_ranks(ranks: list[Any]) -> list[Any]:
     """Ends those that still run, and returns them."""
     hanging = [rank for rank in ranks if rank.is_alive()]
     for rank in hanging:
         rank.kill()
+    for rank in hanging:
         rank.join()
     return hanging
 

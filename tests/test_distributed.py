@@ -15,7 +15,7 @@ from gandist.distributed import run
 from gandist.errors import ConfigError
 from gandist.launcher import Launch, read_address, read_launch
 from gandist.rendezvous import _Round, meet
-from tests.ranks import ROOT, _command, _kill, _start
+from tests.ranks import ROOT, _command, end_ranks, start_ranks
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "7"}
 DEEPSPEED = {"RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "MASTER_ADDR": "b", "MASTER_PORT": "29500"}
@@ -191,13 +191,13 @@ def see_the_end(
     with tempfile.TemporaryDirectory() as folder:
         errors = [Path(folder) / str(rank) for rank in range(len(changes))]
         command = lambda rank: (_command, Path(os.devnull), errors[rank], "tests.joins", (*stop, *changes[rank]))  # noqa: E731
-        ranks = _start(len(changes), command)
+        ranks = start_ranks(len(changes), command)
         deadline = time.monotonic() + 40
         staying = int(stop[0] == "SIGSTOP")
         while sum(rank.exitcode is None for rank in ranks) > staying and time.monotonic() < deadline:
             time.sleep(0.1)
         codes = [rank.exitcode for rank in ranks]
-        _kill(ranks)
+        end_ranks(ranks)
         return [(code, error.read_text()) for code, error in zip(codes, errors, strict=True)]
 
 

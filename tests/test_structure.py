@@ -62,6 +62,7 @@ ROWS = [
     "gandist.evaluation.evaluator",
     "gandist.evaluation.judge",
     "gandist.tracking",
+    "gandist.watchdog",
     "gandist.trainer",
     "gandist.train",
     "gandist.evaluate",

@@ -103,7 +103,7 @@ def _deepspeed_config(config: Config, world: World) -> dict:
     if config.stage:
         zero["compute_grad_norm"] = False  # it would wait for the device, at every step
     return {
-        "train_micro_batch_size_per_gpu": config.train.batch_size // (world.size * config.train.accumulation),
+        "train_micro_batch_size_per_gpu": config.train.batch_size // (world.size * config.train.accumulation_on(world.size)),
         "managed_gradient_accumulation": False,  # any number of backward passes, then a step
         "gradient_clipping": 0.0,  # its default is 1; ours is done with the norm that the guard needs
         "zero_optimization": zero,

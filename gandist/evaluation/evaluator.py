@@ -1,8 +1,10 @@
 """Measures a generator and a discriminator: all ranks share the work, and results do not depend on how many they are."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ from gandist.evaluation.classification import Classification, ClassificationRepo
 from gandist.evaluation.features import DIGITS_JUDGE, DigitsJudge, load_digits_judge, weights_sha256
 from gandist.evaluation.frechet import Moments, frechet_distance
 from gandist.randomness import Purpose, draw_latents, random_stream
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -65,13 +69,26 @@ class Evaluator:
                 f"data.test names {min(map(str, shared))}, which data.train names too: name images that are not trained on, "
                 "or say data.test=null"
             )
+        self._between_batches: Callable[[], None] = lambda: None
         self.judge: DigitsJudge | None = None
         if {"fd_classifier", "gan_test"} & set(self.settings.metrics):
             self._open_judge()
 
     @torch.no_grad()
-    def __call__(self, generator: nn.Module, discriminator: nn.Module, *, step: int, kimg: float) -> Evaluation:
-        """generator: the averaged one; both networks keep their modes."""
+    def __call__(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        *,
+        step: int,
+        kimg: float,
+        between_batches: Callable[[], None] = lambda: None,
+    ) -> Evaluation:
+        """generator: the averaged one; both networks keep their modes.
+
+        between_batches: called equally often on every rank; what it raises on all of them ends the evaluation
+        """
+        self._between_batches = between_batches
         made = {"step": step, "kimg": kimg, "seed": self.config.seed}
         records, report = [], None
         with _full_float32(), _evaluating(generator), _evaluating(discriminator):
@@ -95,14 +112,14 @@ class Evaluator:
 
     def _judge_moments(self, dataset: Dataset) -> Moments:
         moments = Moments(self.judge.num_features)
-        for images, *_ in dataset.evaluation_batches(self.settings.batch_size):
+        for images, *_ in self._share(dataset.evaluation_batches(self.settings.batch_size), len(dataset)):
             moments.update(self.judge(images)[0])
         return moments.over_ranks(self.world)
 
     def _judge_fakes(self, generator: nn.Module, made: dict) -> list[Record]:
         moments = Moments(self.judge.num_features)
         verdicts = Classification(DigitsJudge.num_classes, self.world)
-        for images, labels in self._fake_batches(generator):
+        for images, labels in self._share(self._fake_batches(generator), self.num_fakes):
             features, class_logits = self.judge(images)
             moments.update(features)
             if "gan_test" in self.settings.metrics:
@@ -122,10 +139,18 @@ class Evaluator:
     def _classify_test_set(self, discriminator: nn.Module) -> ClassificationReport:
         predictions = Classification(self.config.data.num_classes, self.world)
         dtype = next(discriminator.parameters()).dtype
-        for images, labels, _ in self.test_set.evaluation_batches(self.settings.batch_size):
+        for images, labels, _ in self._share(self.test_set.evaluation_batches(self.settings.batch_size), len(self.test_set)):
             output = discriminator(normalize(images, dtype), labels)
             predictions.update(output.class_logits[labels >= 0], labels[labels >= 0])
         return predictions.report()
+
+    def _share(self, batches: Iterator[Item], total: int) -> Iterator[Item]:
+        """This rank's batches of `total` images that all ranks share."""
+        for _ in range(math.ceil(total / self.settings.batch_size / self.world.size)):
+            self._between_batches()
+            if batch := next(batches, None):
+                yield batch
+        next(batches, None)  # so that its end is reached
 
     def _fake_batches(self, generator: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Generated images uint8 [B, C, H, W] and labels [B] of this rank's share; batch n is a function of the seed and n."""

@@ -1,0 +1,175 @@
+"""Kills a run at random moments, again and again: `python -m benchmarks.crash`. It must end with the weights of a run that was
+left alone."""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from benchmarks.report import header, table
+from gandist import checkpoint
+from gandist.train import main as train
+from tests.ranks import ROOT, end_ranks, start_ranks
+
+RANKS = 2
+SAVED, LOGGED, EVALUATED = 0.256, 0.064, 0.64  # kimg; a step is 0.064
+PATIENCE = 30.0  # s in which ranks that live must notice the death of one
+
+
+def options(run_dir: Path, cache: Path, kimg: float) -> list[str]:
+    settings = {
+        "run_dir": run_dir,
+        "data.cache_dir": cache,
+        "data.in_memory": 0,
+        "model.generator_width": 2,
+        "model.discriminator_width": 2,
+        "train.kimg": kimg,
+        "checkpoint.every_kimg": SAVED,
+        "tracking.every_kimg": LOGGED,
+        "tracking.samples_every_kimg": EVALUATED,
+        "tracking.wandb": "off",
+        "evaluation.every_kimg": EVALUATED,
+        "evaluation.metrics": "[accuracy,fd_classifier]",
+        "evaluation.num_images": 500,
+    }
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def phase(run_dir: Path, began: float) -> str:
+    """What the run does at this moment, by its files."""
+    if any((run_dir / checkpoint.FOLDER).glob(".tmp-*")):
+        return "save"
+    files = {name: run_dir / name for name in ("metrics.jsonl", "evaluations.jsonl")}
+    times = {name: path.stat().st_mtime if path.exists() else 0.0 for name, path in files.items()}
+    drawn = max((path.stat().st_mtime for path in run_dir.glob("samples/*.png")), default=0.0)
+    if drawn > max(times["evaluations.jsonl"], began):
+        return "evaluation"
+    return "step" if times["metrics.jsonl"] > began else "start"
+
+
+def last_step(run_dir: Path) -> int:
+    """The last one that was logged whole."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
+
+
+def newest_step(run_dir: Path) -> int:
+    return max((int(path.name.removeprefix("step-")) for path in checkpoint.complete_steps(run_dir)), default=0)
+
+
+def quietly(arguments: list[str]) -> None:
+    silence = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(silence, 1)
+    os.dup2(silence, 2)
+    train(arguments)
+
+
+def kill_ranks(run_dir: Path, arguments: list[str], seconds: float, victims: list[int]) -> tuple[str, int, float] | None:
+    """The phase, the steps lost, and how long the others took to end. None: the run was done before."""
+    ranks = start_ranks(RANKS, lambda rank: (quietly, arguments))
+    began = time.time()
+    time.sleep(seconds)
+    if not all(rank.is_alive() for rank in ranks):
+        end_ranks(ranks)
+        return None
+    moment = phase(run_dir, began)
+    for victim in victims:
+        ranks[victim].kill()
+    killed = time.monotonic()
+    for rank in ranks:
+        rank.join(PATIENCE)
+    took = time.monotonic() - killed
+    assert not end_ranks(ranks), f"a rank hung for {PATIENCE:g} s after the death of {victims} in {moment}"
+    return moment, last_step(run_dir) - newest_step(run_dir), took
+
+
+def kill_launcher(run_dir: Path, arguments: list[str], seconds: float) -> tuple[str, int, float]:
+    """SIGKILL for torchrun alone, so long after the first step: its ranks must save and end."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}", "-m"]
+    before = last_step(run_dir)
+    process = subprocess.Popen([*command, "gandist.train", *arguments], cwd=ROOT, stdout=-1, stderr=subprocess.STDOUT)
+    while last_step(run_dir) <= before and process.poll() is None:
+        time.sleep(0.02)
+    time.sleep(seconds)
+    ranks = psutil.Process(process.pid).children()
+    process.send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    _, alive = psutil.wait_procs(ranks, timeout=PATIENCE)
+    assert not alive, "ranks outlived torchrun"
+    process.communicate()
+    return "launcher", last_step(run_dir) - newest_step(run_dir), time.monotonic() - killed
+
+
+def weights(run_dir: Path) -> dict:
+    file = run_dir / "state.pt"
+    dcp_to_torch_save(checkpoint.complete_steps(run_dir)[-1], file)
+    return torch.load(file, weights_only=True)
+
+
+def equal(a: dict | torch.Tensor, b: dict | torch.Tensor) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(value, b[name]) for name, value in a.items())
+    return torch.equal(a, b)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.crash", description=__doc__.partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=100, help="of one rank or of all (default: 100)")
+    parser.add_argument("--launcher-kills", type=int, default=5, help="of torchrun, which starts slowly (default: 5)")
+    parser.add_argument("--kimg", type=float, default=6.4, help="length of a run; it is begun anew when done (default: 6.4)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    arguments = parser.parse_args()
+    moments = random.Random(arguments.seed)
+    print(header(), flush=True)
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+
+        def to_the_end(run_dir: Path) -> None:
+            ranks = start_ranks(RANKS, lambda rank: (quietly, options(run_dir, folder / "cache", arguments.kimg)))
+            for rank in ranks:
+                rank.join()
+            assert [rank.exitcode for rank in ranks] == [0] * RANKS, "the run could not be recovered"
+
+        to_the_end(folder / "straight")
+        expected = weights(folder / "straight")
+        runs, kills, lost, took = 1, Counter(), [], []
+        while sum(kills.values()) < arguments.kills + arguments.launcher_kills:
+            run_dir = folder / f"killed-{runs}"
+            settings = options(run_dir, folder / "cache", arguments.kimg)
+            if kills["launcher"] < arguments.launcher_kills and moments.random() < 0.05:
+                result = kill_launcher(run_dir, settings, moments.uniform(0, 1))
+            else:
+                victims = moments.choice([[0], [1], [0, 1]])
+                result = kill_ranks(run_dir, settings, moments.uniform(0.2, 3), victims)
+            if result is None:
+                runs += 1
+                assert equal(weights(run_dir), expected), f"{run_dir.name} ended with other weights"
+                continue
+            moment, steps, seconds = result
+            kills[moment] += 1
+            lost.append(steps)
+            took.append(seconds)
+        to_the_end(run_dir)
+        assert equal(weights(run_dir), expected), f"{run_dir.name} ended with other weights"
+
+    print(table(["killed in", "times"], [[name, count] for name, count in kills.most_common()]))
+    print(f"{sum(kills.values())} kills, all recovered; {runs} run(s) ended bit-identical to the one left alone")
+    print(f"steps lost: mean {sum(lost) / len(lost):.1f}, at most {max(lost)} (a checkpoint every {SAVED / LOGGED:g})")
+    print(f"ranks left ended within {max(took):.1f} s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""The watchdog: a rank that makes no progress says what it waits for, where, and ends."""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gandist.launcher import report
+
+EXIT_STATUS = 1
+
+
+class Watchdog:
+    """Bounds the time in which a rank must show progress.
+
+    A thread of its own looks at it, so that it sees a wait in a library that no exception can end. The stacks of all threads
+    follow the message on the standard error.
+    """
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+        self._doing = "starting"
+        self._since = time.monotonic()
+
+    def doing(self, what: str) -> None:
+        """Progress: what the rank does now, as in 'waiting for data'."""
+        self._doing, self._since = what, time.monotonic()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        over = threading.Event()
+        self.doing(self._doing)
+        thread = threading.Thread(target=self._watch, args=(over,), name="watchdog", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def _watch(self, over: threading.Event) -> None:
+        while not over.wait(min(1.0, self.seconds / 10)):
+            if time.monotonic() - self._since > self.seconds:
+                report(
+                    f"no progress for {self.seconds:g} s, {self._doing}: the stacks of this rank follow, the other ranks tell "
+                    "what they wait for; train.timeout_minutes allows more time"
+                )
+                faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+                os._exit(EXIT_STATUS)

@@ -1,0 +1,177 @@
+"""Runs that are stopped, killed, hung: what is lost, what is said, and that the same command goes on."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from gandist import checkpoint
+from gandist.config import TrainConfig
+from gandist.train import main
+from tests.ranks import ROOT, run_and_kill, run_ranks
+from tests.test_promises import final_state
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+STEP = 0.064  # kimg
+
+
+def options(run_dir: Path, cache_dir: Path, *overrides: str) -> list[str]:
+    small = ["model.generator_width=2", "model.discriminator_width=2", "evaluation.metrics=[]", "tracking.wandb=off"]
+    return [f"run_dir={run_dir}", f"data.cache_dir={cache_dir}", *small, *overrides]
+
+
+def start(*arguments: str, launcher: list[str] = TORCHRUN, **variables: str) -> subprocess.Popen:
+    """The command on two ranks; standard output and error in one."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "5"} | variables
+    return subprocess.Popen(
+        [*launcher, "-m", "gandist.train", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def rank_of(process: subprocess.Popen, rank: int) -> psutil.Process:
+    def is_rank(child: psutil.Process) -> bool:
+        return child.environ().get("RANK") == str(rank)
+
+    return next(child for child in psutil.Process(process.pid).children() if is_rank(child))
+
+
+def until_it_trains(process: subprocess.Popen, run_dir: Path, rows: int = 1) -> None:
+    deadline = time.monotonic() + 90
+    metrics = run_dir / "metrics.jsonl"
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= rows):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in checkpoint.complete_steps(run_dir)]
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    state_a, state_b = final_state(a), final_state(b)
+    assert state_a.keys() == state_b.keys()
+    assert [name for name, tensor in state_a.items() if not torch.equal(tensor, state_b[name])] == []
+
+
+def test_torchrun_that_dies_does_not_leave_its_ranks_behind(tmp_path: Path, cache_dir: Path) -> None:
+    """It knows nothing of SIGUSR2; its ranks save and end."""
+    process = start(*options(tmp_path / "r", cache_dir, "train.kimg=10000", f"tracking.every_kimg={STEP}"))
+    until_it_trains(process, tmp_path / "r")
+    ranks = [rank_of(process, rank) for rank in (0, 1)]
+    process.send_signal(signal.SIGUSR2)
+    output, _ = process.communicate(timeout=60)
+    assert "stopped by a signal at kimg" in output
+    psutil.wait_procs(ranks, timeout=30)
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+    assert len(saved_steps(tmp_path / "r")) == 1
+
+
+def test_a_rank_that_hangs_ends_the_run(tmp_path: Path, cache_dir: Path) -> None:
+    arguments = options(
+        tmp_path / "r", cache_dir, "train.kimg=10000", f"tracking.every_kimg={STEP}", "train.timeout_minutes=0.1"
+    )
+    process = start(*arguments)
+    until_it_trains(process, tmp_path / "r")
+    hanging = rank_of(process, 1)
+    hanging.suspend()
+    suspended = time.monotonic()
+    said = next((line for line in process.stdout if line.startswith("error (rank 0)")), "")
+    assert said.startswith("error (rank 0): another rank does not answer")
+    assert time.monotonic() - suspended < 20
+    hanging.kill()  # torchrun gives it half a minute more
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+
+
+def test_the_watchdog_says_what_a_rank_waits_for() -> None:
+    code = """
+import time
+from gandist.watchdog import Watchdog
+watchdog = Watchdog(1.0)
+with watchdog.watching():
+    for _ in range(15):
+        watchdog.doing("waiting for data after step 7")
+        time.sleep(0.1)
+    print("alive", flush=True)
+    time.sleep(100)
+"""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=30, check=False)
+    assert result.returncode == 1
+    assert result.stdout == "alive\n"
+    assert result.stderr.startswith("error: no progress for 1 s, waiting for data after step 7: the stacks of this rank follow")
+    assert 'File "<string>", line 10 in <module>' in result.stderr
+
+
+def interrupted_evaluation(run_dir: Path, cache_dir: Path) -> None:
+    """A signal reaches one rank while generated images are judged."""
+
+    def interrupt() -> None:
+        while not (run_dir / "samples" / "step-00000002.png").exists():  # drawn before the evaluation
+            time.sleep(0.01)
+        time.sleep(0.5)
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    many = ["train.kimg=0.128", "evaluation.metrics=[accuracy,fd_classifier]", "evaluation.num_images=10000000"]
+    main(options(run_dir, cache_dir, *many))
+
+
+def test_a_stop_in_an_evaluation_is_followed_at_once_and_the_evaluation_made_up_for(tmp_path: Path, cache_dir: Path) -> None:
+    run_dir = tmp_path / "r"
+    run_ranks(2, interrupted_evaluation, run_dir, cache_dir, timeout=60)
+    assert saved_steps(run_dir) == [2]
+    assert not (run_dir / "evaluations.jsonl").exists()
+    run_ranks(1, main, options(run_dir, cache_dir, "train.kimg=0.128", "evaluation.metrics=[accuracy]"))
+    records = [json.loads(line) for line in (run_dir / "evaluations.jsonl").read_text().splitlines()]
+    assert {record["step"] for record in records} == {2}
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 1, "no step was trained for it"
+    run_ranks(1, main, options(run_dir, cache_dir, "train.kimg=0.128", "evaluation.metrics=[accuracy]"))
+    assert len((run_dir / "evaluations.jsonl").read_text().splitlines()) == len(records), "once"
+
+
+def test_a_killed_rank_is_started_anew_and_nothing_is_lost_but_time(tmp_path: Path, cache_dir: Path) -> None:
+    length = ["train.kimg=6", "checkpoint.every_kimg=0.64", f"tracking.every_kimg={STEP}"]
+    process = start(*options(tmp_path / "killed", cache_dir, *length), launcher=[*TORCHRUN, "--max-restarts=3"])
+    until_it_trains(process, tmp_path / "killed", rows=15)
+    rank_of(process, 1).kill()
+    output, _ = process.communicate(timeout=100)
+    assert process.returncode == 0, output
+    assert "resumed from" in output
+    run_ranks(2, main, options(tmp_path / "straight", cache_dir, *length))
+    assert_same_weights(tmp_path / "killed", tmp_path / "straight")
+
+
+def test_a_run_killed_again_and_again_is_the_run_that_was_not(tmp_path: Path, cache_dir: Path) -> None:
+    """`benchmarks/crash.py` does so longer and with the launcher."""
+    length = ["train.kimg=3.2", "checkpoint.every_kimg=0.256", f"tracking.every_kimg={STEP}"]
+    moments = random.Random(0)
+    killed = tmp_path / "killed"
+    for _ in range(6):
+        run_and_kill(2, moments.uniform(0.3, 3.0), main, options(killed, cache_dir, *length))
+    run_ranks(2, main, options(killed, cache_dir, *length))
+    run_ranks(2, main, options(tmp_path / "straight", cache_dir, *length))
+    assert_same_weights(killed, tmp_path / "straight")
+
+
+@pytest.mark.parametrize(("world_size", "expected"), [(1, 8), (2, 4), (4, 2), (8, 1), (16, 1)])
+def test_accumulation_adapts_to_the_ranks(world_size: int, expected: int) -> None:
+    assert TrainConfig(batch_size=64, micro_batch_size=8).accumulation_on(world_size) == expected
+    assert TrainConfig(batch_size=64, accumulation=2).accumulation_on(world_size) == 2
+    assert TrainConfig(batch_size=60, micro_batch_size=8).accumulation_on(1) == 10, "6 images divide 60, 7 and 8 do not"
