@@ -112,6 +112,23 @@ def kill_launcher(run_dir: Path, arguments: list[str], seconds: float) -> tuple[
     return "launcher", last_step(run_dir) - newest_step(run_dir), time.monotonic() - killed
 
 
+def restart(settings: list[str], run_dir: Path, victim: int) -> float:
+    """SIGKILL for one rank beneath `torchrun --max-restarts=3`, which must bring the run to its end. Seconds it took."""
+    began = time.monotonic()
+    options = ["--standalone", f"--nproc_per_node={RANKS}", "--max-restarts=3", "-m", "gandist.train", *settings]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *options],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while last_step(run_dir) < SAVED / LOGGED and process.poll() is None:
+        time.sleep(0.02)
+    next(rank for rank in psutil.Process(process.pid).children() if rank.environ().get("RANK") == str(victim)).kill()
+    assert process.wait(300) == 0, "torchrun could not restart the ranks"
+    return time.monotonic() - began
+
+
 def weights(run_dir: Path) -> dict:
     file = run_dir / "state.pt"
     dcp_to_torch_save(checkpoint.complete_steps(run_dir)[-1], file)
@@ -128,6 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.crash", description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=100, help="of one rank or of all (default: 100)")
     parser.add_argument("--launcher-kills", type=int, default=5, help="of torchrun, which starts slowly (default: 5)")
+    parser.add_argument("--restarts", type=int, default=20, help="of torchrun after the death of a rank (default: 20)")
     parser.add_argument("--kimg", type=float, default=6.4, help="length of a run; it is begun anew when done (default: 6.4)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     arguments = parser.parse_args()
@@ -145,7 +163,19 @@ def main() -> None:
 
         to_the_end(folder / "straight")
         expected = weights(folder / "straight")
+        restarted = []
+        for number in range(arguments.restarts):
+            run_dir = folder / f"restarted-{number}"
+            restarted.append(restart(options(run_dir, folder / "cache", arguments.kimg), run_dir, number % RANKS))
+            assert equal(weights(run_dir), expected), f"{run_dir.name} ended with other weights"
+        if restarted:
+            times = f"{min(restarted):.0f} to {max(restarted):.0f} s each, start included"
+            print(
+                f"torchrun --max-restarts=3: {len(restarted)} of {arguments.restarts} recovered, bit-identical; {times}",
+                flush=True,
+            )
         runs, kills, lost, took = 1, Counter(), [], []
+        run_dir = folder / "killed-1"
         while sum(kills.values()) < arguments.kills + arguments.launcher_kills:
             run_dir = folder / f"killed-{runs}"
             settings = options(run_dir, folder / "cache", arguments.kimg)
@@ -162,6 +192,8 @@ def main() -> None:
             kills[moment] += 1
             lost.append(steps)
             took.append(seconds)
+        if not kills:
+            return
         to_the_end(run_dir)
         assert equal(weights(run_dir), expected), f"{run_dir.name} ended with other weights"
 

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from gandist.distributed import World
 from gandist.launcher import read_launch
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 
 
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
@@ -32,7 +32,8 @@ class StopRequest:
         self._flag = torch.zeros((), dtype=torch.int32)
         self._exchange: tuple[dist.Work, torch.Tensor] | None = None
         for number in SIGNALS:
-            signal.signal(number, self._receive)
+            if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):  # which is what nohup is for
+                signal.signal(number, self._receive)
         if read_launch().supervised:  # torchrun dies of a SIGUSR2 that is sent to it, and would leave its ranks behind
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 

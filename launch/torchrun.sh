@@ -38,6 +38,9 @@ fi
 threads=$(($(nproc) / NPROC_PER_NODE))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+# A signal to torchrun reaches the ranks, which save and end; they have two minutes for it instead of half a one.
+export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2}
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
 # When a collective hangs: end the process at once, not by way of NCCL, which may hang as well, and leave a record of the
 # last collectives, for `torchfrtrace`.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-3}
