@@ -100,7 +100,9 @@ def test_help(script: str) -> None:
     assert f"bash launch/{script}.sh [--config FILE] [key=value ...]\n" in result.stdout
     read = set(re.findall(r"\$\{([A-Z_]+):[-?]", (ROOT / "launch" / f"{script}.sh").read_text()))
     for name in read - {"VIRTUAL_ENV", "CONDA_PREFIX"}:
-        assert re.search(rf"\b{name}\b", result.stdout) or re.match("OMP_|NCCL_|TORCH_|DS_", name), f"{name} is not explained"
+        assert re.search(rf"\b{name}\b", result.stdout) or re.match("OMP_|NCCL_|TORCH_|DS_|PET_", name), (
+            f"{name} is not explained"
+        )
 
 
 @pytest.mark.parametrize(

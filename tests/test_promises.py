@@ -101,6 +101,10 @@ def test_resume_is_exact(tmp_path: Path, cache_dir: Path) -> None:
         train(resumed, cache_dir, 2, halfway)
         train(resumed, cache_dir, world_size)
         assert_same_run(straight, resumed, 0 if world_size == 2 else 1e-9)
+    one_life = tmp_path / "2-1-4"
+    for world_size, length in ((2, 0.5), (1, 0.75), (4, 1)):
+        train(one_life, cache_dir, world_size, f"train.kimg={KIMG * length}")
+    assert_same_run(straight, one_life, 1e-9)
 
 
 PENALIZED = (
