@@ -3,11 +3,14 @@
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -17,7 +20,7 @@ import torch
 from gandist import checkpoint
 from gandist.config import TrainConfig
 from gandist.train import main
-from tests.ranks import ROOT, run_and_kill, run_ranks
+from tests.ranks import ROOT, run_and_kill, run_command, run_ranks
 from tests.test_promises import final_state
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -116,6 +119,54 @@ with watchdog.watching():
     assert result.stdout == "alive\n"
     assert result.stderr.startswith("error: no progress for 1 s, waiting for data after step 7: the stacks of this rank follow")
     assert 'File "<string>", line 10 in <module>' in result.stderr
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[list[str]]:
+    """Names of two network namespaces joined by a cable: 10.99.0.1 at eth1 of the first, 10.99.0.2 at eth2 of the second."""
+    names = [f"gandist-{os.getpid()}-{number}" for number in (1, 2)]
+    plug = [
+        *(f"netns add {name}" for name in names),
+        f"link add eth1 netns {names[0]} type veth peer name eth2 netns {names[1]}",
+        *(f"-n {name} addr add 10.99.0.{number}/24 dev eth{number}" for number, name in enumerate(names, 1)),
+        *(f"-n {name} link set {device} up" for number, name in enumerate(names, 1) for device in ("lo", f"eth{number}")),
+    ]
+    try:
+        for arguments in plug:
+            done = run_command("ip", *arguments.split()) if shutil.which("ip") else None
+            if done is None or done.returncode:
+                pytest.skip(f"no network namespaces here: {done.stderr if done else 'no ip command'}")
+        yield names
+    finally:
+        for name in names if shutil.which("ip") else []:
+            run_command("ip", "netns", "del", name)
+
+
+def test_a_cut_cable_ends_both_ranks(tmp_path: Path, cache_dir: Path, two_nodes: list[str]) -> None:
+    run_dir, world = tmp_path / "r", {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    arguments = options(run_dir, cache_dir, "train.kimg=10000", f"tracking.every_kimg={STEP}", "train.timeout_minutes=0.1")
+    ranks = [
+        start(
+            *arguments,
+            launcher=["ip", "netns", "exec", name, sys.executable],
+            RANK=str(rank),
+            MASTER_ADDR="10.99.0.1",
+            MASTER_PORT="29511",
+            GLOO_SOCKET_IFNAME=f"eth{rank + 1}",
+            **world,
+        )
+        for rank, name in enumerate(two_nodes)
+    ]
+    until_it_trains(ranks[0], run_dir)
+    cut = time.monotonic()
+    assert run_command("ip", "-n", two_nodes[0], "link", "set", "eth1", "down").returncode == 0
+    for rank, process in enumerate(ranks):
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 1, output
+        assert re.search(
+            rf"^error \(rank {rank}\): (another rank does not answer|the connection to another rank was lost)", output, re.M
+        )
+    assert time.monotonic() - cut < 40
 
 
 def interrupted_evaluation(run_dir: Path, cache_dir: Path) -> None:
