@@ -4,7 +4,7 @@ import difflib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, model_validator
@@ -173,9 +173,29 @@ class EvaluationConfig(Section):
     batch_size: Count = 256  # images a forward pass of one rank; part of the protocol, like the seed
 
 
+class Measure(NamedTuple):
+    """of: the entry of evaluation.metrics that makes it"""
+
+    of: Metric
+    better: Literal["lower", "higher"]
+
+
+MEASURES = {
+    "eval/fd_classifier": Measure("fd_classifier", "lower"),
+    "eval/gan_test": Measure("gan_test", "higher"),
+    "classification/test_top1": Measure("accuracy", "higher"),
+}
+
+
 class CheckpointConfig(Section):
+    """When the run is saved, and which checkpoints are kept. It is always saved at the end, and when it is stopped."""
+
     every_kimg: Interval = 10.0
     keep: Annotated[Integer, Field(ge=2)] = 2  # the newest so many; two at least, should the newest be damaged
+    best: Literal[*MEASURES] | None = None  # a measure by which the best is kept, too; each evaluation is saved then
+    keep_every_kimg: Interval | None = None  # the first at or after each multiple of it is kept for good
+    asynchronous: bool = False  # whether it is written in the background, while training goes on
+    on_error: Literal["stop", "continue"] = "stop"  # where one cannot be written; continue: with a warning, to the next
 
 
 class TrackingConfig(Section):
@@ -283,6 +303,13 @@ class Config(Section):
                     f"evaluation.metrics has {', '.join(sorted(judged))}, whose judge knows only the built-in digits: "
                     "with your own data say evaluation.metrics=[accuracy]"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> "Config":
+        best = self.checkpoint.best
+        if best and (metric := MEASURES[best].of) not in self.evaluation.metrics:
+            raise ValueError(f"checkpoint.best={best} is not measured: add {metric} to evaluation.metrics")
         return self
 
     @property

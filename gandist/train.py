@@ -35,6 +35,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file; default: the built-in digits")
     parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and exit")
     parser.add_argument("--fresh", action="store_true", help="start over; what is in run_dir is moved aside, not removed")
+    parser.add_argument(
+        "--accept",
+        type=lambda names: names.split(","),
+        default=[],
+        metavar="NAME,…",
+        help="resume although these are not the checkpoint's: seed, data_fingerprint, model, data, or one key of them",
+    )
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # deepspeed's launcher appends it
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the configuration, such as train.kimg=200")
     options = parser.parse_intermixed_args(arguments)
@@ -43,11 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(config.to_yaml(), end="")
         return
     with join_world(config.train.timeout_minutes) as world:
-        train(config, world, fresh=options.fresh)
+        train(config, world, fresh=options.fresh, accepted=options.accept)
 
 
-def train(config: Config, world: World, *, fresh: bool = False) -> None:
-    """Starts or resumes the run of `config`, to its end or until a signal stops it."""
+def train(config: Config, world: World, *, fresh: bool = False, accepted: Sequence[str] = ()) -> None:
+    """Starts or resumes the run of `config`, to its end or until a signal stops it.
+
+    accepted: what may differ from the checkpoint's run, as for `Trainer.resume`
+    """
     run_dir = config.run_dir
     trainer = Trainer(config, world)
     with world.together():
@@ -55,7 +65,7 @@ def train(config: Config, world: World, *, fresh: bool = False) -> None:
             if fresh and run_dir.exists():
                 shutil.move(run_dir, f"{run_dir}.before-{time.strftime('%Y%m%d-%H%M%S')}")
             run_dir.mkdir(parents=True, exist_ok=True)
-    resumed = trainer.resume()
+    resumed = trainer.resume(accepted)
     say = print if world.is_main else lambda text: None
     if trainer.finished:
         say(f"{run_dir} is finished: {trainer.images / 1000:g} kimg; train.kimg={config.train.kimg * 2:g} trains it further")

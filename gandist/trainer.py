@@ -2,7 +2,7 @@
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -92,9 +92,11 @@ class Trainer:
 
         # Prepare to look at them.
         self.evaluator = Evaluator(config, self.train_set, world)
+        self.measured: dict[str, float] = {}  # at this step
         self.meter = Meter(world)
         self.skipped: list[str] = []  # on this rank, since the last report
         self.total_skipped = 0  # on all ranks
+        self.saver = checkpoint.Saver(config.run_dir, config.checkpoint, world)
         self._start_interval()
 
     @property
@@ -116,14 +118,14 @@ class Trainer:
         stop = StopRequest(self.world)
         stopping = False
         self._start_interval()
-        with self.watchdog.watching(), closing(self._open_batches()) as batches:
+        with self.watchdog.watching(), closing(self._open_batches()) as batches, self.saver:
             while not (self.finished or stopping):
                 saving, logging = self.evaluation_pending, False  # pending here: a stop came in the midst of it
                 if not self.evaluation_pending:
                     self.train_step(batches)
                     stopping = stop.agreed()
                     self.evaluation_pending = bool(config.evaluation.metrics) and self._due(config.evaluation.every_kimg)
-                    saving = stopping or self._due(config.checkpoint.every_kimg)
+                    saving = stopping or self._checkpoint_due()
                     logging = saving or self._due(config.tracking.every_kimg)
                     if logging:
                         self._log(trackers)
@@ -159,6 +161,7 @@ class Trainer:
         self.ema.update(self.images_per_step)
         self.step += 1
         self.images += self.images_per_step
+        self.measured = {}
 
     def state_dict(self) -> dict:
         """The tensors of the run; loading a checkpoint copies into them."""
@@ -169,7 +172,8 @@ class Trainer:
         }
 
     def save(self) -> None:
-        """Writes a checkpoint. Raises CheckpointError where that fails, TrainingError rather than save what is broken."""
+        """Writes a checkpoint, or begins to. Raises CheckpointError where that fails, TrainingError rather than save what
+        is broken."""
         self.watchdog.doing(f"saving step {self.step}")
         state = self.state_dict()
         self._refuse_non_finite(state)
@@ -178,6 +182,7 @@ class Trainer:
             "images": self.images,
             "skipped": self.total_skipped,
             "evaluation_pending": self.evaluation_pending,
+            "metrics": self.measured,
             "world_size": self.world.size,
             "data_fingerprint": self.train_set.fingerprint,
             "config": self.config.model_dump(mode="json"),
@@ -187,21 +192,21 @@ class Trainer:
                 "webdataset": webdataset.__version__,
             },
         }
-        config = self.config
-        checkpoint.save(config.run_dir, self.step, state, meta, self.world, keep=config.checkpoint.keep)
+        self.saver.save(self.step, state, meta)
 
-    def resume(self) -> Path | None:
+    def resume(self, accepted: Sequence[str] = ()) -> Path | None:
         """Goes on from the newest checkpoint, if there is one, and returns it.
 
         Raises CheckpointError if all are damaged, or if the newest is of another run: other networks, data or seed.
+        accepted: what of these may be other, by the names in that error or by what these begin with, such as `data`
         """
         path = checkpoint.newest(self.config.run_dir, self.world)
         if path is None:
             return None
         meta = checkpoint.read_meta(path)
-        self._refuse_other_run(path, meta)
+        self._refuse_other_run(path, meta, accepted)
         state = self.state_dict()
-        checkpoint.load(path, state, self.world)
+        checkpoint.load(path, state, self.world, entire=True)
         self.generator.load_state_dict(state["generator"])
         self.discriminator.load_state_dict(state["discriminator"])
         self.step, self.images, self.total_skipped = meta["step"], meta["images"], meta["skipped"]
@@ -258,12 +263,19 @@ class Trainer:
         interval = round(every_kimg * 1000)
         return self.trained or self.images // interval > (self.images - self.images_per_step) // interval
 
+    def _checkpoint_due(self) -> bool:
+        config = self.config
+        return self._due(config.checkpoint.every_kimg) or (
+            config.checkpoint.best is not None and self._due(config.evaluation.every_kimg)
+        )
+
     def _start_interval(self) -> None:
         self.interval_start = time.perf_counter()
         self.interval_images = self.images
         self.data_wait = 0.0
 
     def _log(self, trackers: list[Tracker]) -> None:
+        self.saver.check()
         values = self._report_guards() | self.meter.read()
         if "classification/labelled" in values:
             for name in {"loss/classification", "classification/train_top1"} & values.keys():
@@ -333,6 +345,7 @@ class Trainer:
         except Stopped:
             return False
         self.evaluation_pending = False
+        self.measured = {record.metric: record.value for record in evaluation.records}
         for tracker in trackers:
             tracker.evaluation(self.progress, evaluation)
         return True
@@ -347,7 +360,7 @@ class Trainer:
                 on_every_rank=True,
             )
 
-    def _refuse_other_run(self, path: Path, meta: dict) -> None:
+    def _refuse_other_run(self, path: Path, meta: dict, accepted: Sequence[str]) -> None:
         saved, now = meta["config"], self.config.model_dump(mode="json")
         fingerprint = self.train_set.fingerprint.items()
         known = {key: (meta["data_fingerprint"][key], value) for key, value in fingerprint}
@@ -356,12 +369,20 @@ class Trainer:
         compared |= {f"model.{key}": (saved["model"].get(key), value) for key, value in now["model"].items()}
         keys = ("resolution", "resize", "channels", "num_classes", "label", "unlabelled", "on_error", "shuffle_block", "lanes")
         compared |= {f"data.{key}": (saved["data"].get(key), now["data"][key]) for key in keys}
-        if changed := [f"  {key}: {old} there, {new} now" for key, (old, new) in compared.items() if old != new]:
+        groups = {key: key.partition(".")[0] for key in compared}
+        if unknown := {*accepted} - groups.keys() - {*groups.values()}:
+            names = ", ".join(dict.fromkeys(groups.values()))
+            raise ConfigError(f"--accept: there is no {min(unknown)!r} to accept; there are {names}, and the keys in these")
+        changed = {key: f"{key}: {old} there, {new} now" for key, (old, new) in compared.items() if old != new}
+        refused = [key for key in changed if not {key, groups[key]} & {*accepted}]
+        if refused:
             raise CheckpointError(
-                f"{path} is of another run:\n" + "\n".join(changed) + "\ngo back to its settings, choose another "
-                "run_dir, or start over with --fresh",
+                f"{path} is of another run:\n" + "".join(f"  {changed[key]}\n" for key in refused) + "go back to its settings, "
+                f"choose another run_dir, start over with --fresh, or go on all the same with --accept {','.join(changed)}",
                 on_every_rank=True,
             )
+        if changed and self.world.is_main:
+            print("\n".join(f"accepted: {change}" for change in changed.values()), flush=True)
 
 
 def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:

@@ -1,0 +1,12 @@
+"""Checkpoints: saved whole or not at all, verified before they are loaded.
+
+`step-00012000/` holds the tensors, sharded over the ranks by torch.distributed.checkpoint; `meta.json` with the counters
+and how the run was made; and `SHA256SUMS` (`sha256sum -c SHA256SUMS` checks it by hand). A folder has its final name only
+when all of it is on the disk.
+"""
+
+from gandist.checkpoint.folder import FOLDER, complete_steps, read_meta
+from gandist.checkpoint.loading import load, newest, verify
+from gandist.checkpoint.saving import Saver, save
+
+__all__ = ["FOLDER", "Saver", "complete_steps", "load", "newest", "read_meta", "save", "verify"]
