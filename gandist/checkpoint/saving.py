@@ -172,7 +172,8 @@ def _write(run_dir: Path, snapshot: Snapshot, world: World, config: CheckpointCo
                 _finish(partial, final, sums)
                 prune(run_dir, config)
     except GandistError as error:
-        reason = _lack_of_room(partial, snapshot) or error  # of a full disk, torch says "unexpected pos"
+        # Of a full disk, torch says "unexpected pos".
+        reason = world.broadcast(_lack_of_room(partial, snapshot) if world.is_main else None) or error
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
         raise CheckpointError(
@@ -192,10 +193,11 @@ def _begin(partial: Path, snapshot: Snapshot) -> None:
 
 def _lack_of_room(partial: Path, snapshot: Snapshot) -> str | None:
     """What is missing, if the disk has no room for what is not yet written."""
-    if not partial.exists():
+    try:
+        missing = snapshot.total_bytes - sum(file.stat().st_size for file in partial.iterdir())
+        free = shutil.disk_usage(partial).free
+    except OSError:  # the disk is not full but gone
         return None
-    missing = snapshot.total_bytes - sum(file.stat().st_size for file in partial.iterdir())
-    free = shutil.disk_usage(partial).free
     if free >= missing:
         return None
     return (
