@@ -6,7 +6,9 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,11 +25,11 @@ from gandist.checkpoint.__main__ import main as command
 from gandist.checkpoint.tensors import flatten, share
 from gandist.config import CheckpointConfig, Config, load_config
 from gandist.distributed import World, join_world
-from gandist.errors import CheckpointError, ConfigError, GandistError
+from gandist.errors import CheckpointError, ConfigError, DataError, GandistError
 from gandist.models import build_generator
 from gandist.train import train
 from gandist.trainer import Trainer
-from tests.ranks import run_ranks
+from tests.ranks import launch, run_command, run_ranks
 from tests.test_promises import final_state
 from tests.test_remote import _mount_small_disk
 
@@ -312,7 +314,13 @@ def tensors_of(path: Path, target: Path) -> dict[str, torch.Tensor]:
 
 
 class Events(list):
-    """What a rank does, in order: steps of training, and checkpoints from the beginning of their writing to its end."""
+    """What a rank does, in order: steps of training, and checkpoints from the beginning of their writing to its end.
+
+    at_third: called after the third step
+    """
+
+    def __init__(self, at_third: Callable[[], None] = lambda: None):
+        self.at_third = at_third
 
     def __enter__(self) -> "Events":
         step, write = Trainer.train_step, saving._write_shards
@@ -320,6 +328,8 @@ class Events(list):
         def train_step(trainer: Trainer, batches: Iterator) -> None:
             step(trainer, batches)
             self.append(("step", trainer.step))
+            if trainer.step == 3:
+                self.at_third()
 
         def write_slowly(partial: Path, *arguments: Any) -> None:
             number = int(partial.name.rpartition("-")[2])
@@ -341,12 +351,12 @@ class Events(list):
             each.stop()
 
 
-def _train_in_background(foreground: Config, background: Config) -> Events:
+def _train_in_background(foreground: Config, background: Config) -> list[tuple[str, int]]:
     with join_world() as world:
         train(foreground, world)
         with Events() as events:
             train(background, world)
-    return events
+    return list(events)
 
 
 def test_in_the_background_it_is_the_state_of_its_step(tmp_path: Path, cache_dir: Path) -> None:
@@ -364,6 +374,38 @@ def test_in_the_background_it_is_the_state_of_its_step(tmp_path: Path, cache_dir
         assert plain.keys() == background.keys()
         assert all(torch.equal(tensor, background[name]) for name, tensor in plain.items()), saved
     assert steps(runs["true"]) == [2, 4, 6]
+
+
+def _interrupt(configs: list[Config]) -> list[list[tuple[str, int]]]:
+    """A signal to one rank; an error of all."""
+
+    def signal_one() -> None:
+        if os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def fail() -> None:
+        raise DataError("a shard is gone", on_every_rank=True)
+
+    collected = []
+    with join_world() as world:
+        for config, interruption in zip(configs, (signal_one, fail), strict=True):
+            with Events(interruption) as events:
+                error = _train(config, world)
+            assert error == ("a shard is gone" if interruption is fail else None)
+            collected.append(list(events))
+    return collected
+
+
+def test_a_run_that_ends_early_completes_what_is_being_written(tmp_path: Path, cache_dir: Path) -> None:
+    configs = [configure(tmp_path / name, cache_dir, "checkpoint.asynchronous=true", kimg(50)) for name in ("stop", "error")]
+    for stopped, failed in run_ranks(2, _interrupt, configs):
+        last = max(number for kind, number in stopped if kind == "step")
+        assert last < 10
+        assert stopped[-1] == ("end", last)
+        assert steps(tmp_path / "stop")[-1] == last
+        assert failed[-1] == ("end", 2)
+    assert steps(tmp_path / "error") == [2]
+    assert not list(tmp_path.glob("*/checkpoints/.tmp-*"))
 
 
 def _fail_at(number: int, configs: list[Config]) -> list[str | None]:
@@ -558,7 +600,22 @@ def test_another_run_is_resumed_only_if_asked_by_name(trained: Path, tmp_path: P
             assert steps(config.run_dir) == [2, 4, 6]
 
 
+def test_what_is_accepted_is_said(trained: Path, tmp_path: Path, cache_dir: Path) -> None:
+    run_dir = shutil.copytree(trained, tmp_path / "run")
+    options = [f"run_dir={run_dir}", f"data.cache_dir={cache_dir}", *TINY, kimg(8), "seed=1", "data.lanes=2"]
+    result = launch(2, "gandist.train", "--accept", "seed,data", *options)
+    assert result.returncode == 0, result.stderr
+    assert "accepted: seed: 0 there, 1 now\naccepted: data.lanes: 1 there, 2 now\n" in result.stdout
+
+
 # --------------------------------------------------------------------------------------------------------- the command
+
+
+def test_the_command_has_an_exit_status_and_one_error(tmp_path: Path) -> None:
+    result = run_command(sys.executable, "-m", "gandist.checkpoint", "ls", str(tmp_path))
+    assert result.returncode == 1
+    assert result.stderr == f"error: there are no checkpoints in {tmp_path / 'checkpoints'}: name the folder of a run\n"
+    assert result.stdout == ""
 
 
 @pytest.fixture
