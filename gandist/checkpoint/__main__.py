@@ -58,7 +58,7 @@ def verify(options: argparse.Namespace) -> None:
     for path in _steps(options.run_dir):
         damage = find_damage(path)
         damaged += damage is not None
-        print(f"{path.name}  DAMAGED: {damage}" if damage else f"{path.name}  whole, {_megabytes(path)}", flush=True)
+        print(f"{path.name}: {f'DAMAGED: {damage}' if damage else f'whole, {_megabytes(path)}'}", flush=True)
     if damaged:
         print(f"{damaged} damaged: a run that is resumed sets them aside and takes the newest that is whole", file=sys.stderr)
         sys.exit(1)
@@ -87,8 +87,9 @@ def consolidate(options: argparse.Namespace) -> None:
     path = _chosen(options)
     if damage := find_damage(path):  # before anything of it is unpickled
         raise CheckpointError(f"{damage}: choose another one with --step")
-    tensors = _read(path)
-    state = nest(tensors) if options.all else {name: tensor for (root, name), tensor in tensors.items() if root == AVERAGED}
+    state = nest(_read(path))
+    if not options.all:
+        state = state[AVERAGED]
     kind = "state" if options.all else "generator"
     output = options.output or options.run_dir / f"{kind}-{path.name}.pt"
     partial = output.with_name(output.name + ".tmp")
