@@ -8,7 +8,7 @@ import re
 import shutil
 import signal
 import subprocess
-import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -333,10 +333,10 @@ class Events(list):
         def write_slowly(partial: Path, *arguments: Any) -> None:
             number = int(partial.name.rpartition("-")[2])
             self.append(("begin", number))
-            for _ in range(200):
-                if ("step", number + 1) in self:
-                    break
-                threading.Event().wait(0.005)
+            deadline = time.monotonic() + 1
+            while ("step", number + 2) not in self and time.monotonic() < deadline:
+                time.sleep(0.005)
+            time.sleep(0.1)  # the next one is due
             write(partial, *arguments)
             self.append(("end", number))
 
