@@ -35,6 +35,7 @@ class World:
     local_size: int  # ranks on this node
     device: torch.device
     control: dist.ProcessGroup
+    timeout: timedelta  # of the exchanges in any group
 
     @property
     def is_main(self) -> bool:
@@ -88,7 +89,7 @@ def join_world(timeout_minutes: float = 10) -> Iterator[World]:
         present = torch.ones((), device=device)
         dist.all_reduce(present)  # connects NCCL, which otherwise waits for the first gradients
         present.item()
-    yield World(rank, size, launch.local_rank, launch.local_size, device, control)
+    yield World(rank, size, launch.local_rank, launch.local_size, device, control, timeout)
     # Not in a `finally`: a rank that fails must leave at once, and the others may be inside a collective.
     dist.destroy_process_group()
 

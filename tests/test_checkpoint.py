@@ -500,7 +500,7 @@ def test_a_full_disk(tmp_path: Path, cache_dir: Path) -> None:
 def _train_with_values(config: Config, resumed: Config, values: dict[int, float]) -> list[list[int]]:
     from gandist.evaluation.evaluator import Evaluation, Evaluator, Record
 
-    def evaluate(evaluator: Evaluator, *_: Any, step: int, kimg: float) -> Evaluation:
+    def evaluate(evaluator: Evaluator, *_: Any, step: int, kimg: float, **options: Any) -> Evaluation:
         return Evaluation([Record("classification/test_top1", values[step], step, kimg, 0, "test", 1)], None)
 
     kept = []

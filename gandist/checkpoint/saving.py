@@ -21,7 +21,7 @@ from gandist.checkpoint.loading import root_cause
 from gandist.checkpoint.retention import prune, remove
 from gandist.checkpoint.tensors import Tensors, flatten, nest, share
 from gandist.config import CheckpointConfig
-from gandist.distributed import TIMEOUT, World
+from gandist.distributed import World
 from gandist.errors import CheckpointError, GandistError
 
 HEADER_BYTES = 4096  # a tensor's name, form and alignment take less
@@ -69,7 +69,7 @@ class Saver:
         self._failure: CheckpointError | None = None  # of the newest checkpoint
         self._staged: Tensors = {}
         if config.asynchronous:
-            self._background = replace(world, control=dist.new_group(backend="gloo", timeout=TIMEOUT))
+            self._background = replace(world, control=dist.new_group(backend="gloo", timeout=world.timeout))
 
     def save(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> None:
         """Raises CheckpointError on all ranks, or warns, as `on_error` says, where this checkpoint or the one that was
