@@ -129,6 +129,30 @@ def restart(settings: list[str], run_dir: Path, victim: int) -> float:
     return time.monotonic() - began
 
 
+def lose_a_node(settings: list[str], run_dir: Path) -> float:
+    """Two nodes of one rank each under `torchrun --nnodes=1:2`, of which one is killed: the other must go on alone to the end.
+    Seconds from there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    options = ["--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "--rdzv-id=crash", "-m", "gandist.train", *settings]
+    first, second = (
+        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)
+    )
+    while last_step(run_dir) < SAVED / LOGGED and first.poll() is None:
+        time.sleep(0.02)
+    began = time.monotonic()
+    # The node that serves the rendezvous must stay.
+    served = [each for each in (first, second) if any(c.status == "LISTEN" for c in psutil.Process(each.pid).net_connections())]
+    lost = second if first in served else first
+    for process in (*psutil.Process(lost.pid).children(recursive=True), psutil.Process(lost.pid)):
+        process.kill()
+    lost.wait()
+    assert (first if lost is second else second).wait(300) == 0, "the node that was left did not go on"
+    return time.monotonic() - began
+
+
 def weights(run_dir: Path) -> dict:
     file = run_dir / "state.pt"
     dcp_to_torch_save(checkpoint.complete_steps(run_dir)[-1], file)
