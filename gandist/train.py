@@ -1,6 +1,7 @@
 """Trains: `torchrun --nproc_per_node=N -m gandist.train [--config FILE] [key=value …]`."""
 
 import argparse
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -9,9 +10,11 @@ from pathlib import Path
 from gandist import checkpoint
 from gandist.config import RUN_CONFIG, Config, load_config
 from gandist.distributed import World, join_world, run
+from gandist.preemption import ignore_signals
 from gandist.tracking import EVALUATIONS, METRICS, SAMPLES
 from gandist.trainer import Trainer
 
+OUTCOME = "GANDIST_OUTCOME"  # names a file that is told how training ended, for batch scripts
 EXAMPLES = """\
 examples:
   torchrun --nproc_per_node=2 -m gandist.train
@@ -50,11 +53,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(config.to_yaml(), end="")
         return
     with join_world(config.train.timeout_minutes) as world:
-        train(config, world, fresh=options.fresh, accepted=options.accept)
+        finished, step = train(config, world, fresh=options.fresh, accepted=options.accept)
+        ignore_signals()  # a late one must not end a process that has saved: Python gives up its handlers before it exits
+        if world.is_main and OUTCOME in os.environ:
+            Path(os.environ[OUTCOME]).write_text(f"{'finished' if finished else 'stopped'} {step}\n")
 
 
-def train(config: Config, world: World, *, fresh: bool = False, accepted: Sequence[str] = ()) -> None:
-    """Starts or resumes the run of `config`, to its end or until a signal stops it.
+def train(
+    config: Config, world: World, *, fresh: bool = False, accepted: Sequence[str] = ()
+) -> tuple[bool, int]:
+    """Starts or resumes the run of `config`, to its end or until a signal stops it. Returns whether it ended, and its step.
 
     accepted: what may differ from the checkpoint's run, as for `Trainer.resume`
     """
@@ -69,7 +77,7 @@ def train(config: Config, world: World, *, fresh: bool = False, accepted: Sequen
     say = print if world.is_main else lambda text: None
     if trainer.finished:
         say(f"{run_dir} is finished: {trainer.images / 1000:g} kimg; train.kimg={config.train.kimg * 2:g} trains it further")
-        return
+        return trainer.finished, trainer.step
     with world.together():
         if world.is_main:
             (run_dir / RUN_CONFIG).write_text(config.to_yaml())
@@ -77,7 +85,7 @@ def train(config: Config, world: World, *, fresh: bool = False, accepted: Sequen
     trainer.train()
     if not trainer.finished:
         say(f"stopped by a signal at kimg {trainer.images / 1000:g} and saved; the same command goes on from there")
-        return
+        return trainer.finished, trainer.step
     if trainer.total_skipped:
         say(f"{trainer.total_skipped:,} images could not be used; their neighbours stood in for them (data.on_error=skip)")
     say(
@@ -86,6 +94,7 @@ def train(config: Config, world: World, *, fresh: bool = False, accepted: Sequen
         f"  numbers      {run_dir / EVALUATIONS} and {METRICS}\n"
         f"  checkpoints  {run_dir / checkpoint.FOLDER}"
     )
+    return trainer.finished, trainer.step
 
 
 if __name__ == "__main__":
