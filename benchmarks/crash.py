@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -165,11 +166,18 @@ def equal(a: dict | torch.Tensor, b: dict | torch.Tensor) -> bool:
     return torch.equal(a, b)
 
 
+def distance(a: dict | torch.Tensor, b: dict | torch.Tensor) -> float:
+    if isinstance(a, dict):
+        return max(distance(value, b[name]) for name, value in a.items())
+    return (a.double() - b.double()).abs().max().item()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.crash", description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=100, help="of one rank or of all (default: 100)")
     parser.add_argument("--launcher-kills", type=int, default=5, help="of torchrun, which starts slowly (default: 5)")
     parser.add_argument("--restarts", type=int, default=20, help="of torchrun after the death of a rank (default: 20)")
+    parser.add_argument("--node-losses", type=int, default=2, help="of one of two nodes of a job (default: 2)")
     parser.add_argument("--kimg", type=float, default=6.4, help="length of a run; it is begun anew when done (default: 6.4)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     arguments = parser.parse_args()
@@ -179,8 +187,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
 
-        def to_the_end(run_dir: Path) -> None:
-            ranks = start_ranks(RANKS, lambda rank: (quietly, options(run_dir, folder / "cache", arguments.kimg)))
+        def to_the_end(run_dir: Path, *special: str) -> None:
+            settings = [*options(run_dir, folder / "cache", arguments.kimg), *special]
+            ranks = start_ranks(RANKS, lambda rank: (quietly, settings))
             for rank in ranks:
                 rank.join()
             assert [rank.exitcode for rank in ranks] == [0] * RANKS, "the run could not be recovered"
@@ -198,6 +207,14 @@ def main() -> None:
                 f"torchrun --max-restarts=3: {len(restarted)} of {arguments.restarts} recovered, bit-identical; {times}",
                 flush=True,
             )
+        double = "train.precision=float64"
+        for number in range(arguments.node_losses):
+            if not number:
+                to_the_end(folder / "straight-float64", double)
+            run_dir = folder / f"one-node-left-{number}"
+            seconds = lose_a_node([*options(run_dir, folder / "cache", arguments.kimg), double], run_dir)
+            assert distance(weights(run_dir), weights(folder / "straight-float64")) < 1e-9, f"{run_dir.name} has other weights"
+            print(f"a node of two lost: the other went on alone to the same weights, {seconds:.0f} s from there", flush=True)
         runs, kills, lost, took = 1, Counter(), [], []
         run_dir = folder / "killed-1"
         while sum(kills.values()) < arguments.kills + arguments.launcher_kills:

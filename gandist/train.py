@@ -59,9 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             Path(os.environ[OUTCOME]).write_text(f"{'finished' if finished else 'stopped'} {step}\n")
 
 
-def train(
-    config: Config, world: World, *, fresh: bool = False, accepted: Sequence[str] = ()
-) -> tuple[bool, int]:
+def train(config: Config, world: World, *, fresh: bool = False, accepted: Sequence[str] = ()) -> tuple[bool, int]:
     """Starts or resumes the run of `config`, to its end or until a signal stops it. Returns whether it ended, and its step.
 
     accepted: what may differ from the checkpoint's run, as for `Trainer.resume`
