@@ -114,7 +114,7 @@ class Saver:
                 raise
             self._failure = error
             if self.world.is_main:
-                print(f"warning: {error}; training goes on until the next (checkpoint.on_error=continue)", flush=True)
+                print(f"warning: {error} (checkpoint.on_error=continue)", flush=True)
 
     @torch.no_grad()
     def _stage(self, tensors: Tensors) -> Tensors:
