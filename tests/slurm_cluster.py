@@ -82,7 +82,9 @@ class Cluster:
         self.folder = folder
         self.work = work
         outside = {name: value for name, value in os.environ.items() if not re.match("SLURM_|SBATCH_|SRUN_", name)}
-        self._environment = outside | {"SLURM_CONF": str(folder / "slurm.conf")}
+        path = f"{Path(sys.executable).parent}:{outside.get('PATH', '')}"
+        activated = {"VIRTUAL_ENV": sys.prefix, "PATH": path}  # the environment of Python that these tests run in
+        self._environment = outside | activated | {"SLURM_CONF": str(folder / "slurm.conf")}
         self._environment.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process compiles all modules
         self._daemons: dict[str, subprocess.Popen] = {}
 

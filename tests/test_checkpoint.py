@@ -170,14 +170,14 @@ def _load_few(run_dir: Path) -> tuple[str, list[float]]:
         return path.name, sorted({value for tensor in flatten(tensors).values() for value in tensor.flatten().tolist()})
 
 
-def test_a_missing_rank_file_is_found(tmp_path: Path, capfd) -> None:
+def test_a_missing_rank_file_is_found(tmp_path: Path) -> None:
     """Saved by four ranks, of which one has nothing to write, and loaded by others."""
     run_ranks(4, _save_few, tmp_path)
     newest = tmp_path / "checkpoints" / "step-00000002"
     assert run_ranks(3, _load_few, tmp_path) == [("step-00000002", [2.0])] * 3
     (newest / "__1_0.distcp").unlink()
     assert run_ranks(2, _load_few, tmp_path) == [("step-00000001", [1.0])] * 2
-    assert f"{newest} is not whole: no __1_0.distcp; set aside as step-00000002.damaged" in capfd.readouterr().out
+    assert newest.with_name("step-00000002.damaged").exists()
 
 
 def _save_apart(run_dir: Path) -> str:
