@@ -67,6 +67,11 @@ def read_address(launch: Launch) -> tuple[str, int]:
     return host, _number("MASTER_PORT", 20000 + (_number("SLURM_JOB_ID", 0) * 7 + _number("SLURM_STEP_ID")) % 12000)
 
 
+def tell_libraries(local_rank: int) -> None:
+    """Sets the variable that some of them read, where the launcher did not or there is none."""
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))
+
+
 def report(message: str, *, on_every_rank: bool = False) -> None:
     """Says why this process is about to exit. What all ranks know, rank 0 alone says, and first."""
     try:

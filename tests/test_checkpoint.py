@@ -10,6 +10,8 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -162,22 +164,24 @@ def _save_few(run_dir: Path) -> None:
             checkpoint.save(run_dir, step, few(step), {"step": step}, world)
 
 
-def _load_few(run_dir: Path) -> tuple[str, list[float]]:
-    with join_world() as world:
+def _load_few(run_dir: Path) -> tuple[str, list[float], str]:
+    """The newest checkpoint, what is in it, and what was said."""
+    with join_world() as world, redirect_stdout(StringIO()) as said:
         path = checkpoint.newest(run_dir, world)
         tensors = few(0.0)
         checkpoint.load(path, tensors, world, entire=True)
-        return path.name, sorted({value for tensor in flatten(tensors).values() for value in tensor.flatten().tolist()})
+        values = {value for tensor in flatten(tensors).values() for value in tensor.flatten().tolist()}
+        return path.name, sorted(values), said.getvalue()
 
 
 def test_a_missing_rank_file_is_found(tmp_path: Path) -> None:
     """Saved by four ranks, of which one has nothing to write, and loaded by others."""
     run_ranks(4, _save_few, tmp_path)
     newest = tmp_path / "checkpoints" / "step-00000002"
-    assert run_ranks(3, _load_few, tmp_path) == [("step-00000002", [2.0])] * 3
+    assert run_ranks(3, _load_few, tmp_path) == [("step-00000002", [2.0], "")] * 3
     (newest / "__1_0.distcp").unlink()
-    assert run_ranks(2, _load_few, tmp_path) == [("step-00000001", [1.0])] * 2
-    assert newest.with_name("step-00000002.damaged").exists()
+    said = f"warning: {newest} is not whole: no __1_0.distcp; set aside as step-00000002.damaged\n"
+    assert run_ranks(2, _load_few, tmp_path) == [("step-00000001", [1.0], said), ("step-00000001", [1.0], "")]
 
 
 def _save_apart(run_dir: Path) -> str:

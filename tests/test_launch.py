@@ -74,7 +74,9 @@ def test_a_run_goes_to_its_end(started, case: str) -> None:
     assert ": 2 rank(s) on cpu" in nodes[0].stdout
     assert "\nfinished: " in nodes[0].stdout
     assert [node.stdout for node in nodes[1:]] == [""] * (len(nodes) - 1), "rank 0 is on the first node"
-    assert not re.search(r"^(warning|error)|Traceback", "".join(node.stderr for node in nodes), re.MULTILINE)
+    # Of two launchers, the one that ends second may find the store of the first one gone.
+    said = [line for node in nodes for line in node.stderr.splitlines() if not re.search("TCPStore|DistNetworkError", line)]
+    assert not re.search(r"warn|error|INFO", "\n".join(said), re.IGNORECASE)
 
 
 def test_a_signal_to_the_deepspeed_launcher_saves_and_stops(started) -> None:

@@ -218,6 +218,7 @@ def stopped(cluster: Cluster) -> dict[str, dict[str, str]]:
 @pytest.mark.parametrize("name", SIGNALS)
 def test_a_stopped_job_requeues_itself(stopped, name: str) -> None:
     assert stopped[name]["Restarts"] == "1"
+    assert stopped[name]["Reason"] == "BeginTime"
     assert "\ntrain.sbatch: saved at step 5; requeues itself\n" in stopped[name]["log"]
 
 

@@ -15,6 +15,7 @@ from gandist.config import Config
 from gandist.distributed import World
 from gandist.engine.player import AdamState, Player, adam_state
 from gandist.engine.precision import Precision
+from gandist.launcher import tell_libraries
 
 BUCKET_SIZE = 2**24  # numbers exchanged at once; DeepSpeed's default holds a buffer of 2 GB for each player
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -30,9 +31,7 @@ class DeepSpeedPlayer(Player):
     def __init__(self, name: str, objective: nn.Module, config: Config, world: World, precision: Precision, *, lr: float):
         super().__init__(name, objective, config, world, precision)
         deepspeed = _import_deepspeed(world)
-        objective.to(
-            memory_format=torch.contiguous_format
-        )  # DeepSpeed broadcasts weights as bytes, rows of which must be whole
+        objective.to(memory_format=torch.contiguous_format)  # DeepSpeed broadcasts weights as bytes, of whole rows
         self.sharded = config.stage > 0
         self.parameters = dict(self.network.named_parameters())
         adam = torch.optim.Adam(self.parameters.values(), lr, config.optimizer.betas, config.optimizer.eps, fused=True)
@@ -115,7 +114,7 @@ def _deepspeed_config(config: Config, world: World) -> dict:
 def _import_deepspeed(world: World) -> ModuleType:
     """DeepSpeed, on the process group that there is."""
     os.environ.setdefault("DS_ACCELERATOR", world.device.type)  # else it warns that it had to guess
-    os.environ.setdefault("LOCAL_RANK", str(world.local_rank))  # it wants one, also without a launcher
+    tell_libraries(world.local_rank)
     import deepspeed
 
     deepspeed.logger.setLevel("WARNING")
