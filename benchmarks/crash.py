@@ -154,22 +154,18 @@ def lose_a_node(settings: list[str], run_dir: Path) -> float:
     return time.monotonic() - began
 
 
-def weights(run_dir: Path) -> dict:
+def weights(run_dir: Path) -> checkpoint.Tensors:
     file = run_dir / "state.pt"
     dcp_to_torch_save(checkpoint.complete_steps(run_dir)[-1], file)
-    return torch.load(file, weights_only=True)
+    return checkpoint.flatten(torch.load(file, weights_only=True))
 
 
-def equal(a: dict | torch.Tensor, b: dict | torch.Tensor) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(value, b[name]) for name, value in a.items())
-    return torch.equal(a, b)
+def equal(a: checkpoint.Tensors, b: checkpoint.Tensors) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(tensor, b[path]) for path, tensor in a.items())
 
 
-def distance(a: dict | torch.Tensor, b: dict | torch.Tensor) -> float:
-    if isinstance(a, dict):
-        return max(distance(value, b[name]) for name, value in a.items())
-    return (a.double() - b.double()).abs().max().item()
+def distance(a: checkpoint.Tensors, b: checkpoint.Tensors) -> float:
+    return max((tensor.double() - b[path].double()).abs().max().item() for path, tensor in a.items())
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ from gandist.launcher import read_launch
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 
-
 _PR_SET_PDEATHSIG = 1  # of prctl(2)
 
 

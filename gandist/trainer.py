@@ -16,7 +16,7 @@ from gandist.data import DeviceBatch, normalize, open_dataset, to_uint8, upload
 from gandist.distributed import World
 from gandist.ema import ExponentialMovingAverage
 from gandist.engine import build_player, choose_compile, choose_precision, compile_objective, frozen, set_determinism
-from gandist.errors import CheckpointError, ConfigError, DataError, TrainingError
+from gandist.errors import ConfigError, DataError, TrainingError
 from gandist.evaluation.evaluator import Evaluator
 from gandist.models import build_discriminator, build_generator, recompute_activations
 from gandist.objective import DiscriminatorObjective, GeneratorObjective
@@ -138,7 +138,6 @@ class Trainer:
                     self.save()
                 if logging:
                     self._start_interval()
-        self.watchdog.doing("finishing")
         for tracker in trackers:
             tracker.finish()
 
@@ -204,7 +203,7 @@ class Trainer:
         if path is None:
             return None
         meta = checkpoint.read_meta(path)
-        self._refuse_other_run(path, meta, accepted)
+        checkpoint.refuse_other_run(path, meta, self.config, self.train_set.fingerprint, self.world, accepted)
         state = self.state_dict()
         checkpoint.load(path, state, self.world, entire=True)
         self.generator.load_state_dict(state["generator"])
@@ -351,46 +350,14 @@ class Trainer:
         return True
 
     def _refuse_non_finite(self, state: dict) -> None:
-        tensors = [(name, tensor) for name, tensor in _flat(state) if tensor.is_floating_point()]
-        if not torch.stack([tensor.isfinite().all() for _, tensor in tensors]).all():
-            broken = next(name for name, tensor in tensors if not tensor.isfinite().all())
+        tensors = {path: tensor for path, tensor in checkpoint.flatten(state).items() if tensor.is_floating_point()}
+        if not torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).all():
+            broken = next(path for path, tensor in tensors.items() if not tensor.isfinite().all())
             raise TrainingError(
-                f"{broken} is not finite at step {self.step} (kimg {self.images / 1000:g}) and is not saved: the newest "
-                "checkpoint is from before; lower the learning rates, or use train.precision=float32",
+                f"{'.'.join(broken)} is not finite at step {self.step} (kimg {self.images / 1000:g}) and is not saved: the "
+                "newest checkpoint is from before; lower the learning rates, or use train.precision=float32",
                 on_every_rank=True,
             )
-
-    def _refuse_other_run(self, path: Path, meta: dict, accepted: Sequence[str]) -> None:
-        saved, now = meta["config"], self.config.model_dump(mode="json")
-        fingerprint = self.train_set.fingerprint.items()
-        known = {key: (meta["data_fingerprint"][key], value) for key, value in fingerprint}
-        compared = {f"data_fingerprint.{key}": pair for key, pair in known.items() if None not in pair}
-        compared |= {"seed": (saved["seed"], now["seed"])}
-        compared |= {f"model.{key}": (saved["model"].get(key), value) for key, value in now["model"].items()}
-        keys = ("resolution", "resize", "channels", "num_classes", "label", "unlabelled", "on_error", "shuffle_block", "lanes")
-        compared |= {f"data.{key}": (saved["data"].get(key), now["data"][key]) for key in keys}
-        groups = {key: key.partition(".")[0] for key in compared}
-        if unknown := {*accepted} - groups.keys() - {*groups.values()}:
-            names = ", ".join(dict.fromkeys(groups.values()))
-            raise ConfigError(f"--accept: there is no {min(unknown)!r} to accept; there are {names}, and the keys in these")
-        changed = {key: f"{key}: {old} there, {new} now" for key, (old, new) in compared.items() if old != new}
-        refused = [key for key in changed if not {key, groups[key]} & {*accepted}]
-        if refused:
-            raise CheckpointError(
-                f"{path} is of another run:\n" + "".join(f"  {changed[key]}\n" for key in refused) + "go back to its settings, "
-                f"choose another run_dir, start over with --fresh, or go on all the same with --accept {','.join(changed)}",
-                on_every_rank=True,
-            )
-        if changed and self.world.is_main:
-            print("\n".join(f"accepted: {change}" for change in changed.values()), flush=True)
-
-
-def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _check_batch_size(config: Config, world: World) -> None:

@@ -20,8 +20,7 @@ if [[ ${1:-} == --help ]]; then
   exit
 fi
 
-python=python own=$(dirname "$0")/../.venv/bin/python
-if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -x $own ]]; then python=$own; fi
+. "$(dirname "$0")/environment.sh"
 
 if [[ -z ${DS_ACCELERATOR:-} ]] && (($("$python" -c 'import torch; print(torch.cuda.device_count())') == 0)); then
   export DS_ACCELERATOR=cpu
@@ -42,10 +41,6 @@ else
   if [[ ${DS_ACCELERATOR:-} == cpu ]]; then NPROC_PER_NODE=${NPROC_PER_NODE:-2}; fi
 fi
 if [[ -n ${NPROC_PER_NODE:-} ]]; then options+=(--num_gpus "$NPROC_PER_NODE"); fi
-export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-3} # as in torchrun.sh
-export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
-export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 launch=("$python" -m deepspeed.launcher.runner "${options[@]}" "${MODULE:-gandist.train}" "$@")
 if [[ -n ${HOSTFILE:-} && -z ${NO_SSH:-} ]]; then exec "${launch[@]}"; fi
 

@@ -20,8 +20,7 @@ if [[ ${1:-} == --help ]]; then
   exit
 fi
 
-python=python own=$(dirname "$0")/../.venv/bin/python
-if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -x $own ]]; then python=$own; fi
+. "$(dirname "$0")/environment.sh"
 
 if [[ -z ${NPROC_PER_NODE:-} ]]; then
   gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
@@ -37,13 +36,7 @@ fi
 
 threads=$(($(nproc) / NPROC_PER_NODE))
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
-export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # A signal to torchrun reaches the ranks, which save and end; they have two minutes for it instead of half a one.
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
-# When a collective hangs: end the process at once, not by way of NCCL, which may hang as well, and leave a record of the
-# last collectives, for `torchfrtrace`.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-3}
-export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
-export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}
 exec "$python" -m torch.distributed.run "${nodes[@]}" --nproc-per-node="$NPROC_PER_NODE" -m "${MODULE:-gandist.train}" "$@"

@@ -56,6 +56,7 @@ ROWS = [
     "gandist.engine",
     "gandist.checkpoint.folder",
     "gandist.checkpoint.tensors",
+    "gandist.checkpoint.identity",
     "gandist.checkpoint.retention",
     "gandist.checkpoint.loading",
     "gandist.checkpoint.saving",

@@ -6,7 +6,21 @@ when all of it is on the disk.
 """
 
 from gandist.checkpoint.folder import FOLDER, complete_steps, read_meta
+from gandist.checkpoint.identity import refuse_other_run
 from gandist.checkpoint.loading import load, newest, verify
 from gandist.checkpoint.saving import Saver, save
+from gandist.checkpoint.tensors import Tensors, flatten
 
-__all__ = ["FOLDER", "Saver", "complete_steps", "load", "newest", "read_meta", "save", "verify"]
+__all__ = [
+    "FOLDER",
+    "Saver",
+    "Tensors",
+    "complete_steps",
+    "flatten",
+    "load",
+    "newest",
+    "read_meta",
+    "refuse_other_run",
+    "save",
+    "verify",
+]

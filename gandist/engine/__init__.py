@@ -1,6 +1,5 @@
 """How the players are updated: with DistributedDataParallel, or with DeepSpeed."""
 
-import torch._dynamo
 from torch import nn
 
 from gandist.config import Config
@@ -23,6 +22,8 @@ __all__ = [
 
 def compile_objective(objective: nn.Module) -> None:
     """Its forward and backward become generated code, at the first call."""
+    import torch._dynamo  # slow, and seldom needed
+
     # DDP would have the graph cut at the bounds of its buckets, and a cut through a penalty's derivative cannot be compiled.
     torch._dynamo.config.optimize_ddp = False
     objective.compile()
