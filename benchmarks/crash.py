@@ -145,8 +145,8 @@ def lose_a_node(settings: list[str], run_dir: Path) -> float:
         time.sleep(0.02)
     began = time.monotonic()
     # The node that serves the rendezvous must stay.
-    served = [each for each in (first, second) if any(c.status == "LISTEN" for c in psutil.Process(each.pid).net_connections())]
-    lost = second if first in served else first
+    listening = {c.laddr.port for c in psutil.Process(first.pid).net_connections() if c.status == "LISTEN"}
+    lost = second if int(endpoint.rpartition(":")[2]) in listening else first
     for process in (*psutil.Process(lost.pid).children(recursive=True), psutil.Process(lost.pid)):
         process.kill()
     lost.wait()
