@@ -161,7 +161,58 @@ class TrainConfig(Section):
         return self
 
 
-Metric = Literal["accuracy", "fd_classifier", "gan_test"]
+class Measure(NamedTuple):
+    """A value that an evaluation gives.
+
+    of: the entry of evaluation.metrics that makes it
+    """
+
+    of: str
+    better: Literal["lower", "higher"]
+
+
+MEASURES = {
+    "eval/fid": Measure("fid", "lower"),
+    "eval/fid50k_full": Measure("fid50k_full", "lower"),
+    "eval/fid50k": Measure("fid50k", "lower"),
+    "eval/fid10k": Measure("fid10k", "lower"),
+    "eval/fd_dinov2": Measure("fd_dinov2", "lower"),
+    "eval/fd_classifier": Measure("fd_classifier", "lower"),
+    "eval/fd_random": Measure("fd_random", "lower"),
+    "eval/fd_per_class": Measure("fd_per_class", "lower"),
+    "eval/kid": Measure("kid", "lower"),
+    "eval/kd_dinov2": Measure("kd_dinov2", "lower"),
+    "eval/kd_classifier": Measure("kd_classifier", "lower"),
+    "eval/precision": Measure("precision_recall", "higher"),
+    "eval/recall": Measure("precision_recall", "higher"),
+    "eval/precision_dinov2": Measure("precision_recall_dinov2", "higher"),
+    "eval/recall_dinov2": Measure("precision_recall_dinov2", "higher"),
+    "eval/precision_classifier": Measure("precision_recall_classifier", "higher"),
+    "eval/recall_classifier": Measure("precision_recall_classifier", "higher"),
+    "eval/density": Measure("density_coverage", "higher"),
+    "eval/coverage": Measure("density_coverage", "higher"),
+    "eval/density_dinov2": Measure("density_coverage_dinov2", "higher"),
+    "eval/coverage_dinov2": Measure("density_coverage_dinov2", "higher"),
+    "eval/density_classifier": Measure("density_coverage_classifier", "higher"),
+    "eval/coverage_classifier": Measure("density_coverage_classifier", "higher"),
+    "eval/is50k": Measure("is50k", "higher"),
+    "eval/gan_test": Measure("gan_test", "higher"),
+    "eval/cas": Measure("cas", "higher"),
+    "classification/test_top1": Measure("accuracy", "higher"),
+    "classification/test_top5": Measure("accuracy", "higher"),
+    "classification/test_balanced_accuracy": Measure("accuracy", "higher"),
+}
+Metric = Literal[*dict.fromkeys(measure.of for measure in MEASURES.values())]
+JUDGED = (
+    "fd_classifier",
+    "fd_per_class",
+    "kd_classifier",
+    "precision_recall_classifier",
+    "density_coverage_classifier",
+    "gan_test",
+)
+NEED_CLASSES = ("accuracy", "fd_per_class", "gan_test", "cas")
+NEED_TEST_SET = ("accuracy", "cas")
 
 
 class EvaluationConfig(Section):
@@ -171,20 +222,15 @@ class EvaluationConfig(Section):
     metrics: tuple[Metric, ...] = ("accuracy", "fd_classifier", "gan_test")
     num_images: Annotated[Integer, Field(ge=2)] | None = None  # generated images; null: as many as the training set has
     batch_size: Count = 256  # images a forward pass of one rank; part of the protocol, like the seed
-
-
-class Measure(NamedTuple):
-    """of: the entry of evaluation.metrics that makes it"""
-
-    of: Metric
-    better: Literal["lower", "higher"]
-
-
-MEASURES = {
-    "eval/fd_classifier": Measure("fd_classifier", "lower"),
-    "eval/gan_test": Measure("gan_test", "higher"),
-    "classification/test_top1": Measure("accuracy", "higher"),
-}
+    seed: Annotated[Integer, Field(ge=0)] | None = None  # of the generated images; null: the run's
+    labels: Literal["training", "balanced"] = "training"  # how frequent classes are among them
+    ema: bool = True  # whether they come from the averaged generator
+    truncation: Positive | None = None  # latents are normal, but none is farther from 0 than this; null: any may be
+    standing_stats: Annotated[Integer, Field(ge=0)] = 0  # batches that batch norm is measured anew with; 0: it is not
+    judge: ExpandedPath | None = None  # a classifier of gandist.evaluation.judge; null: that of the built-in digits
+    inception_weights: ExpandedPath | None = None  # the file that torch-fidelity released; null: it is downloaded
+    dinov2_weights: ExpandedPath | None = None  # of ViT-L/14, as its authors released it; null: it is downloaded
+    reference: ExpandedPath | None = None  # moments of the real images, of `gandist.evaluate reference`; null: measured
 
 
 class CheckpointConfig(Section):
@@ -237,7 +283,7 @@ class Config(Section):
             raise ValueError(
                 "data.num_classes=0 and model.conditioning=none go together: without classes there is nothing to condition on"
             )
-        if classified := {"accuracy", "gan_test"} & set(self.evaluation.metrics) if not self.data.num_classes else ():
+        if classified := set(NEED_CLASSES) & set(self.evaluation.metrics) if not self.data.num_classes else ():
             raise ValueError(
                 f"evaluation.metrics has {', '.join(sorted(classified))}, which need classes: leave them out with "
                 "data.num_classes=0"
@@ -290,18 +336,22 @@ class Config(Section):
     @model_validator(mode="after")
     def _metrics_fit_the_data(self) -> "Config":
         metrics = set(self.evaluation.metrics)
-        if "accuracy" in metrics and self.data.test is None:
-            raise ValueError("evaluation.metrics has 'accuracy', which needs data.test: name held-out shards or drop it")
+        if self.data.test is None and (tested := metrics & set(NEED_TEST_SET)):
+            raise ValueError(
+                f"evaluation.metrics has {', '.join(sorted(tested))}, which need data.test: name held-out shards, or leave "
+                "them out"
+            )
         if not _is_built_in(self.data.train):
             if _is_built_in(self.data.test):
                 raise ValueError(
                     "data.test is the built-in digits but data.train is not: name held-out shards of the same data, or "
                     "say data.test=null and leave 'accuracy' out of evaluation.metrics"
                 )
-            if judged := metrics & {"fd_classifier", "gan_test"}:
+            if (judged := metrics & set(JUDGED)) and not self.evaluation.judge:
                 raise ValueError(
                     f"evaluation.metrics has {', '.join(sorted(judged))}, whose judge knows only the built-in digits: "
-                    "with your own data say evaluation.metrics=[accuracy]"
+                    "train one on your own data (python -m gandist.evaluation.judge --help) and name it in evaluation.judge, "
+                    "or say evaluation.metrics=[accuracy]"
                 )
         return self
 

@@ -15,6 +15,7 @@ class Purpose(IntEnum):
     EVALUATION = 2
     SAMPLES = 3
     MIXING = 4
+    STANDING_STATISTICS = 5
 
 
 def random_stream(seed: int, purpose: Purpose, *key: int) -> np.random.Generator:
@@ -22,9 +23,14 @@ def random_stream(seed: int, purpose: Purpose, *key: int) -> np.random.Generator
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(seed, spawn_key=(purpose, *key))))
 
 
-def draw_latents(stream: np.random.Generator, count: int, latent_dim: int) -> torch.Tensor:
-    """Standard normal float32 [count, latent_dim]"""
-    return torch.from_numpy(stream.standard_normal((count, latent_dim), np.float32))
+def draw_latents(stream: np.random.Generator, count: int, latent_dim: int, truncation: float | None = None) -> torch.Tensor:
+    """Standard normal float32 [count, latent_dim]; with `truncation`, none farther from 0 than that (the truncation trick of
+    Brock et al. 2019, 1809.11096, section 3.1)."""
+    if truncation is None:
+        return torch.from_numpy(stream.standard_normal((count, latent_dim), np.float32))
+    below = torch.special.ndtr(torch.tensor(-truncation, dtype=torch.float64))
+    uniform = torch.from_numpy(stream.random((count, latent_dim)))
+    return torch.special.ndtri(torch.lerp(below, 1 - below, uniform)).float()
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,8 @@ class RunFolder(Tracker):
     def evaluation(self, progress: dict, evaluation: Evaluation) -> None:
         for record in evaluation.records:
             self._append(EVALUATIONS, record.to_dict())
+        for name, values in evaluation.per_class.items():
+            self._append(EVALUATIONS, {"metric": f"{name}/per_class", **progress, "value": values})
         if report := evaluation.report:
             details = {"precision": report.precision, "recall": report.recall, "f1": report.f1}
             self._append(EVALUATIONS, {"metric": "classification/per_class", **progress, **details})
@@ -178,10 +180,11 @@ class WeightsAndBiases(Tracker):
 
     def evaluation(self, progress: dict, evaluation: Evaluation) -> None:
         row = progress | {record.metric: record.value for record in evaluation.records}
-        if report := evaluation.report:
-            columns = {"precision": report.precision, "recall": report.recall, "f1": report.f1}
+        row |= {f"{record.metric}_std": record.spread for record in evaluation.records if record.spread is not None}
+        if columns := per_class_columns(evaluation):
             rows = [list(row) for row in zip(self._class_names, *columns.values(), strict=True)]
             row["classification/per_class"] = self._table(["class", *columns], rows)
+        if report := evaluation.report:
             cells = [
                 [label, prediction, count]
                 for label, counts in zip(self._class_names, report.confusion, strict=True)
@@ -197,14 +200,24 @@ class WeightsAndBiases(Tracker):
         self._run.finish()
 
 
+def per_class_columns(evaluation: Evaluation) -> dict[str, list[float]]:
+    """What was measured of each class: of the class head on the held-out images, and of the generated ones."""
+    report = evaluation.report
+    head = {"precision": report.precision, "recall": report.recall, "f1": report.f1} if report else {}
+    return head | {name.rpartition("/")[2].removesuffix("_per_class"): values for name, values in evaluation.per_class.items()}
+
+
 def evaluation_table(evaluation: Evaluation, class_names: list[str]) -> str:
-    """The values, and the class head's precision, recall and F1 on each class of the held-out images."""
-    lines = [f"{record.metric:<28} {record.value:.4f}" for record in evaluation.records]
-    if report := evaluation.report:
+    """The values, and those of each class."""
+    lines = [
+        f"{record.metric:<38} {record.value:.4f}" + (f" ± {record.spread:.4f}" if record.spread is not None else "")
+        for record in evaluation.records
+    ]
+    if columns := per_class_columns(evaluation):
         width = max(len(name) for name in (*class_names, "class"))
-        lines.append(f"\n{'class':<{width}}  precision  recall      f1")
-        rows = zip(class_names, report.precision, report.recall, report.f1, strict=True)
-        lines += [f"{name:<{width}}  {p:9.4f}  {r:6.4f}  {f1:6.4f}" for name, p, r, f1 in rows]
+        lines.append(f"\n{'class':<{width}}" + "".join(f"  {name:>9}" for name in columns))
+        rows = zip(class_names, *columns.values(), strict=True)
+        lines += [f"{name:<{width}}" + "".join(f"  {value:>9.4f}" for value in values) for name, *values in rows]
     return "\n".join(lines)
 
 

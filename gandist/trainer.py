@@ -2,8 +2,8 @@
 
 import resource
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 
 import torch
@@ -44,6 +44,11 @@ class Trainer:
         self.config = config
         self.world = world
         self.accumulation = config.train.accumulation_on(world.size)
+        if "cas" in config.evaluation.metrics:
+            raise ConfigError(
+                "evaluation.metrics has cas, which trains a classifier each time: measure it when the run has ended, with "
+                f"python -m gandist.evaluate {config.run_dir} metrics=[cas]"
+            )
         self.watchdog = Watchdog(config.train.timeout_minutes * 60 + AFTER_EXCHANGES)
         self.step = 0
         self.images = 0
@@ -113,33 +118,41 @@ class Trainer:
 
     def train(self) -> None:
         """Trains from where the run stands to its end, or until asked to stop. Saves in either case."""
-        config = self.config
-        trackers = open_trackers(config, self.train_set.class_names, self.world, step=self.step)
+        trackers = open_trackers(self.config, self.train_set.class_names, self.world, step=self.step)
         stop = StopRequest(self.world)
-        stopping = False
-        self._start_interval()
-        with self.watchdog.watching(), closing(self._open_batches()) as batches, self.saver:
-            while not (self.finished or stopping):
-                saving, logging = self.evaluation_pending, False  # pending here: a stop came in the midst of it
-                if not self.evaluation_pending:
-                    self.train_step(batches)
-                    stopping = stop.agreed()
-                    self.evaluation_pending = bool(config.evaluation.metrics) and self._due(config.evaluation.every_kimg)
-                    saving = stopping or self._checkpoint_due()
-                    logging = saving or self._due(config.tracking.every_kimg)
-                    if logging:
-                        self._log(trackers)
-                    if self._due(config.tracking.samples_every_kimg):
-                        self._draw_samples(trackers)
-                if self.evaluation_pending and not stopping:
-                    stopping = not self._evaluate(trackers, stop)
-                    saving |= stopping
-                if saving:
-                    self.save()
-                if logging:
-                    self._start_interval()
+        with self.watchdog.watching():
+            with closing(self._open_batches()) as batches, self.saver:
+                stopped = self._train(batches, trackers, stop)
+            if self.config.checkpoint.best and not stopped:
+                self._confirm_best(trackers, stop)
         for tracker in trackers:
             tracker.finish()
+
+    def _train(self, batches: Iterator[DeviceBatch], trackers: list[Tracker], stop: StopRequest) -> bool:
+        """Whether a request to stop came before the end."""
+        config = self.config
+        stopping = False
+        self._start_interval()
+        while not (self.finished or stopping):
+            saving, logging = self.evaluation_pending, False  # pending here: a stop came in the midst of it
+            if not self.evaluation_pending:
+                self.train_step(batches)
+                stopping = stop.agreed()
+                self.evaluation_pending = bool(config.evaluation.metrics) and self._due(config.evaluation.every_kimg)
+                saving = stopping or self._checkpoint_due()
+                logging = saving or self._due(config.tracking.every_kimg)
+                if logging:
+                    self._log(trackers)
+                if self._due(config.tracking.samples_every_kimg):
+                    self._draw_samples(trackers)
+            if self.evaluation_pending and not stopping:
+                stopping = not self._evaluate(trackers, stop)
+                saving |= stopping
+            if saving:
+                self.save()
+            if logging:
+                self._start_interval()
+        return stopping
 
     def train_step(self, batches: Iterator[DeviceBatch]) -> None:
         """One iteration of Goodfellow et al. 2014 (1406.2661), algorithm 1: updates of D, one of G, one of the average."""
@@ -332,14 +345,10 @@ class Trainer:
 
     def _evaluate(self, trackers: list[Tracker], stop: StopRequest) -> bool:
         """False where a request to stop came first."""
-
-        def between_batches() -> None:
-            self.watchdog.doing(f"evaluating step {self.step}")
-            stop.leave()
-
+        generator = self.ema.module if self.config.evaluation.ema else self.generator.network
         try:
             evaluation = self.evaluator(
-                self.ema.module, self.discriminator.network, **self.progress, between_batches=between_batches
+                generator, self.discriminator.network, **self.progress, between_batches=self._evaluating(stop)
             )
         except Stopped:
             return False
@@ -348,6 +357,27 @@ class Trainer:
         for tracker in trackers:
             tracker.evaluation(self.progress, evaluation)
         return True
+
+    def _confirm_best(self, trackers: list[Tracker], stop: StopRequest) -> None:
+        """Measures the checkpoint that is best by `checkpoint.best` once more, with another seed: the best of many values is so
+        by luck as well, and too good."""
+        path = self.world.broadcast(checkpoint.best(self.config.run_dir, self.config.checkpoint))
+        if path is None or checkpoint.verify(path, self.world):
+            return
+        options = {"seed": self.evaluator.seed + 1, "between_batches": self._evaluating(stop)}
+        with suppress(Stopped):
+            evaluation = self.evaluator.measure_checkpoint(path, **options).renamed("best")
+            for tracker in trackers:
+                tracker.evaluation(self.progress, evaluation)
+
+    def _evaluating(self, stop: StopRequest) -> Callable[[], None]:
+        """What an evaluation does between two batches."""
+
+        def between_batches() -> None:
+            self.watchdog.doing(f"evaluating step {self.step}")
+            stop.leave()
+
+        return between_batches
 
     def _refuse_non_finite(self, state: dict) -> None:
         tensors = {path: tensor for path, tensor in checkpoint.flatten(state).items() if tensor.is_floating_point()}

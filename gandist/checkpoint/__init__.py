@@ -5,9 +5,10 @@ and how the run was made; and `SHA256SUMS` (`sha256sum -c SHA256SUMS` checks it 
 when all of it is on the disk.
 """
 
-from gandist.checkpoint.folder import FOLDER, complete_steps, read_meta
+from gandist.checkpoint.folder import FOLDER, checkpoint_path, complete_steps, read_meta
 from gandist.checkpoint.identity import refuse_other_run
 from gandist.checkpoint.loading import load, newest, verify
+from gandist.checkpoint.retention import best
 from gandist.checkpoint.saving import Saver, save
 from gandist.checkpoint.tensors import Tensors, flatten
 
@@ -15,6 +16,8 @@ __all__ = [
     "FOLDER",
     "Saver",
     "Tensors",
+    "best",
+    "checkpoint_path",
     "complete_steps",
     "flatten",
     "load",

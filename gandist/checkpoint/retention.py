@@ -19,13 +19,8 @@ def reasons_to_keep(checkpoints: Sequence[Path], config: CheckpointConfig) -> di
     reasons: dict[Path, list[str]] = {path: [] for path in checkpoints}
     for path in checkpoints[-config.keep :]:
         reasons[path].append("newest")
-    if config.best:
-        values = {path: meta.get("metrics", {}).get(config.best, math.nan) for path, meta in metas.items()}
-        values = {path: value for path, value in values.items() if math.isfinite(value)}
-        if values:
-            better = min if MEASURES[config.best].better == "lower" else max
-            path = better(values, key=values.__getitem__)
-            reasons[path].append(f"best {config.best} {values[path]:.4f}")
+    if path := _best(metas, config):
+        reasons[path].append(f"best {config.best} {metas[path]['metrics'][config.best]:.4f}")
     if config.keep_every_kimg:
         interval = round(config.keep_every_kimg * 1000)
         reached = {0}
@@ -35,6 +30,11 @@ def reasons_to_keep(checkpoints: Sequence[Path], config: CheckpointConfig) -> di
                 reasons[path].append(f"every {config.keep_every_kimg:g} kimg")
             reached.add(multiple)
     return reasons
+
+
+def best(run_dir: Path, config: CheckpointConfig) -> Path | None:
+    """The checkpoint with the best value of `checkpoint.best`, if any has one."""
+    return _best({path: _meta_or_nothing(path) for path in complete_steps(run_dir)}, config)
 
 
 def prune(run_dir: Path, config: CheckpointConfig) -> None:
@@ -52,6 +52,15 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     except OSError as error:
         print(f"warning: {error.filename or path} cannot be removed: {error.strerror}", flush=True)
+
+
+def _best(metas: dict[Path, dict[str, Any]], config: CheckpointConfig) -> Path | None:
+    if config.best is None:
+        return None
+    values = {path: meta.get("metrics", {}).get(config.best, math.nan) for path, meta in metas.items()}
+    values = {path: value for path, value in values.items() if math.isfinite(value)}
+    better = min if MEASURES[config.best].better == "lower" else max
+    return better(values, key=values.__getitem__, default=None)
 
 
 def _meta_or_nothing(path: Path) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from gandist.data.decode import ImageFormat
 from gandist.data.device import DeviceBatch, normalize, on_device, to_uint8, upload
 from gandist.data.index import LabelRule
 from gandist.data.loader import Batch, Batches, EvaluationBatches, ShardReader, TrainingBatches, load_batches
-from gandist.data.memory import DecodedImages, decode_all, decoded_folder, decoded_size
+from gandist.data.memory import DecodedImages, decode_all, decoded_folder, decoded_size, identity
 from gandist.data.order import SampleOrder
 from gandist.data.remote import Remote
 from gandist.data.shards import LabelPolicy, ShardDataset, open_shards
@@ -30,6 +30,7 @@ class Dataset:
 
     class_names:  of `_info.json` beside the shards, else the numbers
     class_counts: labelled images of each class, int64 [num_classes]; ones where they are not known
+    identity:     tells these images, as they are decoded, from any others; None where the shards have not all been seen
     """
 
     def __init__(self, found: ShardList, config: DataConfig, world: World):
@@ -48,9 +49,10 @@ class Dataset:
                 flush=True,
             )
         self._read = ShardReader(shards, image_format, skip=config.on_error == "skip")
+        self.identity = identity(self._read)
         self._num_workers = config.num_workers
-        if shards.identity and decoded_size(len(shards), image_format) <= config.in_memory:
-            folder = decoded_folder(config.cache_folder, self._read)
+        if self.identity and decoded_size(len(shards), image_format) <= config.in_memory:
+            folder = decoded_folder(config.cache_folder, self.identity)
             with world.together():
                 if world.local_rank == 0 and not folder.exists():
                     decode_all(folder, self._read, config.num_workers)
@@ -59,6 +61,10 @@ class Dataset:
 
     def __len__(self) -> int:
         return len(self.shards)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_counts)
 
     @property
     def fingerprint(self) -> dict[str, str | None]:
@@ -72,9 +78,14 @@ class Dataset:
         placement = {"local_rank": world.local_rank, "local_size": world.local_size}
         return self._batches(TrainingBatches(order, batch_size, world.rank, world.size, start, **placement))
 
-    def evaluation_batches(self, batch_size: int) -> Iterator[DeviceBatch]:
-        """This rank's share of all samples, each once over the ranks."""
-        return self._batches(EvaluationBatches(self.shards.shard_sizes, batch_size, self._world.rank, self._world.size))
+    def evaluation_batches(self, batch_size: int, limit: int | None = None) -> Iterator[DeviceBatch]:
+        """This rank's share of all samples, or of `limit` that are evenly spaced, each once over the ranks."""
+        world = self._world
+        return self._batches(EvaluationBatches(self.shards.shard_sizes, batch_size, world.rank, world.size, limit))
+
+    def encoded(self, sample: int) -> bytes:
+        """One image as it lies in its shard."""
+        return self.shards.read([sample])[0].image
 
     def _batches(self, batches: Batches) -> Iterator[DeviceBatch]:
         device = self._world.device

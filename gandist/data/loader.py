@@ -78,25 +78,31 @@ class TrainingBatches:
 
 @dataclass
 class EvaluationBatches:
-    """Every sample once, in order: batches rank, rank + world_size, … of fixed size, so no batch depends on the ranks."""
+    """Every sample once, in order: batches rank, rank + world_size, … of fixed size, so no batch depends on the ranks.
+
+    limit: only so many, evenly spaced
+    """
 
     shard_sizes: Sequence[int]
     batch_size: int
     rank: int
     world_size: int
+    limit: int | None = None
 
     def __post_init__(self) -> None:
         self._ends = np.cumsum(self.shard_sizes)
+        self._size = int(self._ends[-1])
+        self._count = min(self._size, self.limit or self._size)
 
     def samples(self, batches: Sequence[int]) -> list[np.ndarray]:
         firsts = [(self.rank + batch * self.world_size) * self.batch_size for batch in batches]
-        size = int(self._ends[-1])
-        return [np.arange(first, min(first + self.batch_size, size)) for first in firsts if first < size]
+        places = [np.arange(first, min(first + self.batch_size, self._count)) for first in firsts if first < self._count]
+        return [place * self._size // self._count for place in places]
 
     def shards_from(self, batch: int) -> list[int]:
         """This one and two more."""
         first = (self.rank + batch * self.world_size) * self.batch_size
-        shard = int(np.searchsorted(self._ends, first, "right"))
+        shard = int(np.searchsorted(self._ends, first * self._size // self._count, "right"))
         return list(range(shard, min(shard + 3, len(self._ends))))
 
 
@@ -197,7 +203,8 @@ def load_batches(
     workers = {"prefetch_factor": PREFETCHED_BATCHES, "worker_init_fn": _init_worker} if num_workers else {}
     if num_workers:
         multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
-    options = {"num_workers": num_workers, "pin_memory": pin_memory, "collate_fn": _as_it_is}
+    # DataLoader draws a seed for its workers, who use none: not from the run's own stream.
+    options = {"num_workers": num_workers, "pin_memory": pin_memory, "collate_fn": _as_it_is, "generator": torch.Generator()}
     loader = wds.WebLoader(pipeline, batch_size=None, **options, **workers)
     for batch in loader:
         # Workers pass errors as values: an exception would arrive with its text buried in the worker's traceback.

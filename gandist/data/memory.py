@@ -38,10 +38,15 @@ def decoded_size(num_samples: int, image_format: ImageFormat) -> int:
     return num_samples * math.prod(image_format.shape)
 
 
-def decoded_folder(cache_dir: Path, reader: ShardReader) -> Path:
-    """Where the decoded copy of a data set is or will be: another content or format has another folder."""
-    key = f"{reader.dataset.identity} {reader.dataset.policy} {reader.image_format} {reader.skip}"
-    return cache_dir / "decoded" / hashlib.sha256(key.encode()).hexdigest()[:32]
+def identity(reader: ShardReader) -> str | None:
+    """Another content or format has another one; None where the content is not known."""
+    known = f"{reader.dataset.identity} {reader.dataset.policy} {reader.image_format} {reader.skip}"
+    return hashlib.sha256(known.encode()).hexdigest()[:32] if reader.dataset.identity else None
+
+
+def decoded_folder(cache_dir: Path, identity: str) -> Path:
+    """Where the decoded copy of a data set is or will be."""
+    return cache_dir / "decoded" / identity
 
 
 def decode_all(folder: Path, reader: ShardReader, num_workers: int) -> None:

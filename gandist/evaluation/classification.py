@@ -18,9 +18,15 @@ from gandist.distributed import World
 
 @dataclass(frozen=True)
 class ClassificationReport:
-    """top1 in [0, 1]; the others float [K] per class; confusion int64 [K, K]: rows are labels, columns predictions."""
+    """top1, top5 (None of five classes or fewer) and balanced_accuracy in [0, 1]; precision, recall and f1 float [K] per class;
+    confusion int64 [K, K]: rows are labels, columns predictions.
+
+    balanced_accuracy: the mean recall of the classes that there are
+    """
 
     top1: float
+    top5: float | None
+    balanced_accuracy: float
     precision: list[float]
     recall: list[float]
     f1: list[float]
@@ -31,25 +37,30 @@ class Classification:
     """Collects predictions of this rank and reports over all."""
 
     def __init__(self, num_classes: int, world: World):
-        per_class = {"num_classes": num_classes, "process_group": world.control}
-        self._metrics = MetricCollection(
-            {
-                "top1": MulticlassAccuracy(num_classes, average="micro", process_group=world.control),
-                "precision": MulticlassPrecision(average=None, **per_class),
-                "recall": MulticlassRecall(average=None, **per_class),
-                "f1": MulticlassF1Score(average=None, **per_class),
-                "confusion": MulticlassConfusionMatrix(**per_class),
-            },
-            compute_groups=False,  # they form at the first update, and a rank may have none
-        )
+        options = {"num_classes": num_classes, "process_group": world.control}
+        metrics = {
+            "top1": MulticlassAccuracy(average="micro", **options),
+            "precision": MulticlassPrecision(average=None, **options),
+            "recall": MulticlassRecall(average=None, **options),
+            "f1": MulticlassF1Score(average=None, **options),
+            "confusion": MulticlassConfusionMatrix(**options),
+        }
+        if num_classes > 5:
+            metrics["top5"] = MulticlassAccuracy(average="micro", top_k=5, **options)
+        # Groups form at the first update, and a rank may have none.
+        self._metrics = MetricCollection(metrics, compute_groups=False)
 
     def update(self, class_logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """class_logits [B, K], labels int64 [B]"""
-        self._metrics.update(class_logits.argmax(1).cpu(), labels.cpu())
+        """class_logits [B, K], labels int64 [B]; those of −1 do not count"""
+        labelled = labels >= 0
+        if labelled.any():
+            self._metrics.update(class_logits[labelled].float().cpu(), labels[labelled].cpu())
 
     def report(self) -> ClassificationReport:
         """Every rank calls it, also one that had no samples."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The ``compute`` method of metric .* was called before the ``update``")
             values = {name: value.tolist() for name, value in self._metrics.compute().items()}
-        return ClassificationReport(**values)
+        recalls = [recall for recall, row in zip(values["recall"], values["confusion"], strict=True) if any(row)]
+        balanced_accuracy = sum(recalls) / max(len(recalls), 1)  # of the classes that there are
+        return ClassificationReport(**{"top5": None, "balanced_accuracy": balanced_accuracy} | values)

@@ -1,42 +1,62 @@
 """Measures a generator and a discriminator: all ranks share the work, and results do not depend on how many they are."""
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import TypeVar
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import nn
+from tqdm import tqdm
 
+from gandist import checkpoint
 from gandist.config import Config
-from gandist.data import Dataset, normalize, open_dataset, to_uint8
+from gandist.data import Dataset, normalize, open_dataset
 from gandist.distributed import World
 from gandist.errors import ConfigError
+from gandist.evaluation.cas import classification_accuracy_score
 from gandist.evaluation.classification import Classification, ClassificationReport
-from gandist.evaluation.features import DIGITS_JUDGE, DigitsJudge, load_digits_judge, weights_sha256
-from gandist.evaluation.frechet import Moments, frechet_distance
-from gandist.randomness import Purpose, draw_latents, random_stream
+from gandist.evaluation.features import Extractor, open_extractor
+from gandist.evaluation.frechet import frechet_distance
+from gandist.evaluation.metrics import METRICS, Metric, Value
+from gandist.evaluation.reference import Images, RealStatistics, load_reference
+from gandist.evaluation.sampling import FakeImages, number_of_turns
+from gandist.evaluation.statistics import Statistics, Wanted, collect
+from gandist.models import build_discriminator, build_generator
 
 Item = TypeVar("Item")
+FEWEST = 5  # images, of which each has so many neighbours
+MOMENTS = frozenset({"moments"})
+HELD_OUT = "eval/fd_classifier_held_out"
 
 
 @dataclass(frozen=True)
 class Record:
-    """One measured value and how it was made."""
+    """One measured value and how it was made.
+
+    spread: standard deviation of the estimate, where the metric has one
+    split:  of the real images
+    n_real: how many; None: none were needed, or the reference does not say
+    ema:    whether the fakes come from the averaged generator
+    """
 
     metric: str
     value: float
-    step: int
-    kimg: float
-    seed: int
-    split: str  # of the real images
-    n_real: int
+    spread: float | None = None
+    step: int | None = None
+    kimg: float | None = None
+    seed: int | None = None
+    split: str | None = None
+    n_real: int | None = None
     n_fake: int | None = None
     extractor: str | None = None
     weights_sha256: str | None = None
-    ema: bool | None = None  # whether the fakes come from the averaged generator
+    resize: str | None = None
+    ema: bool | None = None
+    labels: str | None = None
+    truncation: float | None = None
+    standing_stats: int | None = None
 
     def to_dict(self) -> dict:
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -44,35 +64,173 @@ class Record:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """records: the values; report: of the class head on `data.test`, where that was asked for"""
+    """records: the values; report: of the class head on `data.test`, where that was asked for; per_class: float [K] each"""
 
     records: list[Record]
-    report: ClassificationReport | None
+    report: ClassificationReport | None = None
+    per_class: dict[str, list[float]] = field(default_factory=dict)
+
+    def renamed(self, group: str) -> "Evaluation":
+        """The records with this in place of what stands before the `/` of their names."""
+        records = [replace(each, metric=f"{group}/{each.metric.partition('/')[2]}") for each in self.records]
+        return replace(self, records=records)
+
+    def to_dict(self) -> dict:
+        described = {"records": [record.to_dict() for record in self.records], "per_class": self.per_class}
+        return described | ({"class_head": asdict(self.report)} if self.report else {})
+
+
+class Sharing:
+    """The ranks' turns at batches that are dealt to them.
+
+    between_batches: called equally often on every rank; what it raises on all of them ends the evaluation
+    show_progress:   a bar for each pass, on rank 0
+    """
+
+    def __init__(self, batch_size: int, world: World, *, show_progress: bool = False):
+        self.batch_size = batch_size
+        self.world = world
+        self.show_progress = show_progress
+        self.between_batches: Callable[[], None] = lambda: None
+
+    def __call__(self, batches: Iterator[Item], total: int, what: str) -> Iterator[Item]:
+        """This rank's batches of `total` images that all ranks share."""
+        turns = number_of_turns(total, self.batch_size, self.world.size)
+        silent = None if self.show_progress and self.world.is_main else True  # None: unless it is no terminal
+        for _ in tqdm(range(turns), what, disable=silent, leave=False, unit="batch"):
+            self.between_batches()
+            if batch := next(batches, None):
+                yield batch
+        next(batches, None)  # so that its end is reached
+
+
+class Comparison:
+    """Compares images with real ones by the metrics of METRICS that `evaluation.metrics` names."""
+
+    def __init__(self, config: Config, world: World, share: Sharing):
+        self.world = world
+        self.share = share
+        settings = config.evaluation
+        self.metrics: dict[str, Metric] = {name: METRICS[name] for name in settings.metrics if name in METRICS}
+        kinds = dict.fromkeys(metric.extractor for metric in self.metrics.values())
+        self.extractors: dict[str, Extractor] = {kind: open_extractor(kind, config, world) for kind in kinds}
+        self.reals = RealStatistics(config.data.cache_folder / "statistics", settings.batch_size, share, world)
+        self.reference = {}  # of an extractor
+        if settings.reference:
+            with world.together():
+                found = {kind: load_reference(settings.reference, each) for kind, each in self.extractors.items()}
+            self.reference = {kind: moments for kind, moments in found.items() if moments is not None}
+            if not self.reference:
+                raise ConfigError(
+                    f"evaluation.reference={settings.reference} is of an extractor, or of weights, that no metric of "
+                    "evaluation.metrics uses"
+                )
+        self._warned: set[str] = set()
+
+    def compare(
+        self,
+        batches_of: Callable[[int], Iterator],
+        count_of: Callable[[Metric], int],
+        reals: Images,
+        num_classes: int,
+    ) -> Iterator[tuple[str, Value, dict]]:
+        """Of each value: its name, itself, and what its record says of how it was made.
+
+        batches_of: this rank's share of so many of the images to be measured
+        count_of:   how many are measured for a metric
+        """
+        counts = {name: count_of(metric) for name, metric in self.metrics.items()}
+        for count in dict.fromkeys(counts.values()):
+            names = [name for name in counts if counts[name] == count]
+            parts: dict[str, frozenset[str]] = {}
+            for metric in (self.metrics[name] for name in names):
+                parts[metric.extractor] = parts.get(metric.extractor, frozenset()) | set(metric.fakes)
+            wanted = {kind: Wanted(self.extractors[kind], each, num_classes) for kind, each in parts.items()}
+            found = collect(self.share(batches_of(count), count, "generated images"), wanted, self.world)
+            for name in names:
+                yield from self._values(name, found[self.metrics[name].extractor], count, reals)
+
+    def distance_of(self, kind: str, images: Images, reals: Images) -> float:
+        """The Fréchet distance of two sets of real images."""
+        extractor = self.extractors[kind]
+        sets = [self._real(kind, reals, MOMENTS, None), self.reals.measure(images, "held-out images", extractor, MOMENTS, None)]
+        return self.world.broadcast(frechet_distance(*(each.moments for each in sets)) if self.world.is_main else None)
+
+    def _values(self, name: str, fake: Statistics, count: int, reals: Images) -> Iterator[tuple[str, Value, dict]]:
+        metric = self.metrics[name]
+        extractor = self.extractors[metric.extractor]
+        real, made = Statistics(), {"n_fake": count, **extractor.identity}
+        if metric.reals:
+            real = self._real(metric.extractor, reals, self._parts_of_reals(metric), metric.num_reals)
+            made |= {"split": "train", "n_real": min(len(reals), metric.num_reals or len(reals))}
+            if (given := self.reference.get(metric.extractor)) and metric.reals == ("moments",):
+                made["n_real"] = given.count or None
+        if "features" in metric.fakes and min(count, made["n_real"]) <= FEWEST:
+            raise ConfigError(f"evaluation.metrics has {name}, which wants more than {FEWEST} images of either kind")
+        if "moments" in metric.fakes:
+            self._warn_of_few(name, min(count, made["n_real"] or count), extractor.num_features)
+        values = self.world.broadcast(list(metric.compute(real, fake)) if self.world.is_main else None)
+        for each, value in zip(metric.values, values, strict=True):
+            yield f"eval/{each}", value, made
+
+    def _parts_of_reals(self, metric: Metric) -> frozenset[str]:
+        """All that metrics want of the same images, so that one pass serves them."""
+        alike = (
+            each
+            for each in self.metrics.values()
+            if (each.extractor, each.num_reals) == (metric.extractor, metric.num_reals)
+            and not (each.extractor in self.reference and each.reals == ("moments",))
+        )
+        return frozenset(part for each in alike for part in each.reals) | set(metric.reals)
+
+    def _real(self, kind: str, reals: Images, parts: frozenset[str], limit: int | None) -> Statistics:
+        if kind in self.reference and parts == MOMENTS:
+            return Statistics(moments=self.reference[kind])
+        return self.reals.measure(reals, "real images", self.extractors[kind], parts, limit)
+
+    def _warn_of_few(self, name: str, count: int, num_features: int) -> None:
+        if count <= num_features and name not in self._warned and self.world.is_main:
+            print(
+                f"warning: {name} compares {count} images in {num_features} dimensions: with so few, most of its value is bias",
+                flush=True,
+            )
+        self._warned.add(name)
 
 
 class Evaluator:
     """Every rank makes one and calls it; all return the same.
 
     Images are made and read in batches of fixed size and content, dealt to the ranks in turn, in evaluation mode, in
-    float32 without autocast. Classes are as frequent among the generated images as in the training set.
+    float32 without autocast. What `evaluation` asks for is opened at once, so that a mistake shows before training.
     """
 
-    def __init__(self, config: Config, train_set: Dataset, world: World):
+    def __init__(self, config: Config, train_set: Dataset, world: World, *, show_progress: bool = False):
         self.config = config
+        self.settings = settings = config.evaluation
         self.world = world
         self.train_set = train_set
-        self.settings = config.evaluation
-        self.num_fakes = self.settings.num_images or len(train_set)
         self.test_set = config.data.test and open_dataset(config.data.test, config.data, world, split="test")
         if self.test_set and (shared := {*self.test_set.shards.shards} & {*train_set.shards.shards}):
             raise ConfigError(
                 f"data.test names {min(map(str, shared))}, which data.train names too: name images that are not trained on, "
                 "or say data.test=null"
             )
-        self._between_batches: Callable[[], None] = lambda: None
-        self.judge: DigitsJudge | None = None
-        if {"fd_classifier", "gan_test"} & set(self.settings.metrics):
-            self._open_judge()
+        if "cas" in settings.metrics and world.size > 1:
+            raise ConfigError("evaluation.metrics has cas, whose classifier one process trains: use python, not torchrun")
+        self.share = Sharing(settings.batch_size, world, show_progress=show_progress)
+        self.comparison = Comparison(config, world, self.share)
+        for name, metric in self.comparison.metrics.items():
+            if metric.num_reals and not metric.at_most and len(train_set) < metric.num_reals:
+                raise ConfigError(
+                    f"evaluation.metrics has {name}, which compares with {metric.num_reals:,} real images, and data.train has "
+                    f"{len(train_set):,}: fid50k_full compares with all there are"
+                )
+        if settings.standing_stats and settings.batch_size % world.size:
+            raise ConfigError(
+                f"evaluation.standing_stats: evaluation.batch_size={settings.batch_size} cannot be split evenly over "
+                f"{world.size} ranks: use another number of ranks"
+            )
+        self.seed = config.seed if settings.seed is None else settings.seed
 
     @torch.no_grad()
     def __call__(
@@ -82,100 +240,84 @@ class Evaluator:
         *,
         step: int,
         kimg: float,
+        seed: int | None = None,
         between_batches: Callable[[], None] = lambda: None,
     ) -> Evaluation:
-        """generator: the averaged one; both networks keep their modes.
+        """generator: the one to measure; both networks keep their modes.
 
+        seed:            in place of `evaluation.seed`
         between_batches: called equally often on every rank; what it raises on all of them ends the evaluation
         """
-        self._between_batches = between_batches
-        made = {"step": step, "kimg": kimg, "seed": self.config.seed}
-        records, report = [], None
-        with _full_float32(), _evaluating(generator), _evaluating(discriminator):
-            if self.judge is not None:
-                records += self._judge_fakes(generator, made)
-            if "accuracy" in self.settings.metrics:
+        self.share.between_batches = between_batches
+        seed = self.seed if seed is None else seed
+        fakes = FakeImages(self.config, self.train_set.class_counts, self.world, seed=seed)
+        settings = self.settings
+        progress = {"step": step, "kimg": kimg}
+        sampled = {"seed": seed, "ema": settings.ema, "labels": settings.labels, "truncation": settings.truncation}
+        sampled |= progress | ({"standing_stats": settings.standing_stats} if settings.standing_stats else {})
+        records, report, per_class = [], None, {}
+        with full_float32(), _evaluating(generator), _evaluating(discriminator):
+            if self.comparison.metrics or "cas" in settings.metrics:
+                prepared = fakes.prepare(generator)
+            batches_of = lambda count: fakes.batches(prepared, count)  # noqa: E731
+            for name, value, made in self.comparison.compare(
+                batches_of, self._number_of_fakes, self.train_set, self.train_set.num_classes
+            ):
+                records.append(Record(name, value.value, value.spread, **sampled, **made))
+                if value.per_class:
+                    per_class[name] = value.per_class
+            if "fd_classifier" in settings.metrics and self.test_set:  # what real images score: the yardstick
+                held_out = self.comparison.distance_of("judge", self.test_set, self.train_set)
+                made = self.comparison.extractors["judge"].identity | {"split": "train", "n_real": len(self.train_set)}
+                records.append(Record(HELD_OUT, held_out, **progress, **made))
+            if "cas" in settings.metrics:
+                value = self._cas(batches_of)
+                made = {"split": "test", "n_real": len(self.test_set), "n_fake": self._num_images}
+                records.append(Record("eval/cas", value, **sampled, **made))
+            if "accuracy" in settings.metrics:
                 report = self._classify_test_set(discriminator)
-                held_out = {"split": "test", "n_real": len(self.test_set)}
-                records.append(Record("classification/test_top1", report.top1, **made, **held_out))
-        return Evaluation(records, report)
+                values = {"top1": report.top1, "top5": report.top5, "balanced_accuracy": report.balanced_accuracy}
+                made = progress | {"split": "test", "n_real": len(self.test_set)}
+                known = {name: value for name, value in values.items() if value is not None}
+                records += [Record(f"classification/test_{name}", value, **made) for name, value in known.items()]
+        return Evaluation(records, report, per_class)
 
-    def _open_judge(self) -> None:
-        data = self.config.data
-        if data.channels != DigitsJudge.channels or data.num_classes not in (0, DigitsJudge.num_classes):
-            raise ConfigError("the judge of fd_classifier and gan_test wants data.channels=1 and data.num_classes=10")
-        self.judge = load_digits_judge(self.world.device)
-        self.judged_by = {"extractor": DIGITS_JUDGE, "weights_sha256": weights_sha256(DIGITS_JUDGE)}
-        with torch.no_grad(), _full_float32():
-            self.real_moments = self._judge_moments(self.train_set)
-            self.held_out_distance = self.test_set and frechet_distance(self.real_moments, self._judge_moments(self.test_set))
+    def measure_checkpoint(self, path: Path, **options: Any) -> Evaluation:
+        """Of a verified checkpoint; options: as of a call."""
+        config, device = self.config, self.world.device
+        generator = build_generator(config.model, config.data)
+        discriminator = build_discriminator(config.model, config.data)
+        weights = generator.state_dict()
+        state = {"generator_ema": weights} if self.settings.ema else {"generator": {"network": weights}}
+        checkpoint.load(path, state | {"discriminator": {"network": discriminator.state_dict()}}, self.world)
+        meta = checkpoint.read_meta(path)
+        return self(generator.to(device), discriminator.to(device), step=meta["step"], kimg=meta["kimg"], **options)
 
-    def _judge_moments(self, dataset: Dataset) -> Moments:
-        moments = Moments(self.judge.num_features)
-        for images, *_ in self._share(dataset.evaluation_batches(self.settings.batch_size), len(dataset)):
-            moments.update(self.judge(images)[0])
-        return moments.over_ranks(self.world)
+    @property
+    def _num_images(self) -> int:
+        return self.settings.num_images or len(self.train_set)
 
-    def _judge_fakes(self, generator: nn.Module, made: dict) -> list[Record]:
-        moments = Moments(self.judge.num_features)
-        verdicts = Classification(DigitsJudge.num_classes, self.world)
-        for images, labels in self._share(self._fake_batches(generator), self.num_fakes):
-            features, class_logits = self.judge(images)
-            moments.update(features)
-            if "gan_test" in self.settings.metrics:
-                verdicts.update(class_logits, labels)
-        made = made | self.judged_by | {"split": "train", "n_real": len(self.train_set)}
-        fakes = {"n_fake": self.num_fakes, "ema": True}
-        records = []
-        if "gan_test" in self.settings.metrics:
-            records.append(Record("eval/gan_test", verdicts.report().top1, **made, **fakes))
-        if "fd_classifier" in self.settings.metrics:
-            distance = frechet_distance(self.real_moments, moments.over_ranks(self.world))
-            records.append(Record("eval/fd_classifier", distance, **made, **fakes))
-            if self.held_out_distance is not None:  # what real images score: the yardstick
-                records.append(Record("eval/fd_classifier_held_out", self.held_out_distance, **made))
-        return records
+    def _number_of_fakes(self, metric: Metric) -> int:
+        if metric.num_fakes is None:
+            return self._num_images
+        return min(metric.num_fakes, self._num_images) if metric.at_most else metric.num_fakes
 
     def _classify_test_set(self, discriminator: nn.Module) -> ClassificationReport:
         predictions = Classification(self.config.data.num_classes, self.world)
         dtype = next(discriminator.parameters()).dtype
-        for images, labels, _ in self._share(self.test_set.evaluation_batches(self.settings.batch_size), len(self.test_set)):
-            output = discriminator(normalize(images, dtype), labels)
-            predictions.update(output.class_logits[labels >= 0], labels[labels >= 0])
+        batches = self.test_set.evaluation_batches(self.settings.batch_size)
+        for images, labels, _ in self.share(batches, len(self.test_set), "held-out images"):
+            predictions.update(discriminator(normalize(images, dtype), labels).class_logits, labels)
         return predictions.report()
 
-    def _share(self, batches: Iterator[Item], total: int) -> Iterator[Item]:
-        """This rank's batches of `total` images that all ranks share."""
-        for _ in range(math.ceil(total / self.settings.batch_size / self.world.size)):
-            self._between_batches()
-            if batch := next(batches, None):
-                yield batch
-        next(batches, None)  # so that its end is reached
-
-    def _fake_batches(self, generator: nn.Module) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Generated images uint8 [B, C, H, W] and labels [B] of this rank's share; batch n is a function of the seed and n."""
-        size = self.settings.batch_size
-        dtype = next(generator.parameters()).dtype
-        all_labels = torch.from_numpy(proportional_labels(self.train_set.class_counts, self.num_fakes))
-        starts = range(0, self.num_fakes, size)
-        for start in starts[self.world.rank :: self.world.size]:
-            count = min(size, self.num_fakes - start)
-            stream = random_stream(self.config.seed, Purpose.EVALUATION, start // size)
-            latents = draw_latents(stream, count, self.config.model.latent_dim)
-            labels = all_labels[start : start + count].to(self.world.device)
-            yield to_uint8(generator(latents.to(self.world.device, dtype), labels)), labels
-
-
-def proportional_labels(class_counts: np.ndarray, size: int) -> np.ndarray:
-    """`size` labels, int64, in proportion to these counts and sorted; −1 where there are no classes."""
-    if not len(class_counts):
-        return np.full(size, -1)
-    places = (2 * np.arange(size) + 1) * class_counts.sum() // (2 * size)
-    return np.searchsorted(np.cumsum(class_counts), places, "right")
+    def _cas(self, batches_of: Callable[[int], Iterator]) -> float:
+        made: Iterable = self.share(batches_of(self._num_images), self._num_images, "generated images")
+        held_out = self.test_set.evaluation_batches(self.settings.batch_size)
+        return classification_accuracy_score(made, held_out, self.config, self.world)
 
 
 @contextmanager
-def _full_float32() -> Iterator[None]:
+def full_float32() -> Iterator[None]:
     """No TF32: its rounding would depend on the device."""
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     before = matmul.allow_tf32, cudnn.allow_tf32

@@ -1,0 +1,81 @@
+"""Image files in a folder, read as they are: to be measured, not to be trained on."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gandist.config import DataConfig
+from gandist.data.collections import Samples, image_folder
+from gandist.data.decode import ImageError, ImageFormat, decode, fit
+from gandist.data.device import DeviceBatch, on_device
+from gandist.data.index import UNLABELLED
+from gandist.data.loader import Batch, EvaluationBatches, load_batches
+from gandist.distributed import World
+from gandist.errors import DataError
+
+
+class ImageFiles:
+    """The images of a folder, of all its splits, with the classes of its directories: has what of Dataset an evaluation uses.
+
+    class_counts: int64 [num_classes]
+    identity:     tells these files from any others, by name, size and time
+    """
+
+    is_cached = False  # as loading asks of shards
+
+    def __init__(self, folder: Path, config: DataConfig, world: World):
+        with world.together():
+            found = image_folder(folder)
+        self._splits = list(found.splits.values())
+        self._ends = np.cumsum([len(split) for split in self._splits])
+        self._format = ImageFormat(config.resolution, config.channels, config.resize)
+        self._world = world
+        self._num_workers = config.num_workers
+        self.num_classes = config.num_classes
+        self.class_names = (found.classes or [])[: self.num_classes]
+        labels = np.concatenate([split.labels for split in self._splits])
+        self._labels = np.where(labels < self.num_classes, labels, UNLABELLED)
+        self.class_counts = np.bincount(self._labels[self._labels >= 0], minlength=self.num_classes)
+        described = ""
+        for path in (split.source.name(int(index)) for split in self._splits for index in split.indices):
+            status = os.stat(path)
+            described += f"{path} {status.st_size} {status.st_mtime_ns}\n"
+        self.identity = hashlib.sha256(f"{described}{self._format}".encode()).hexdigest()[:32]
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def evaluation_batches(self, batch_size: int, limit: int | None = None) -> Iterator[DeviceBatch]:
+        """As Dataset's."""
+        world = self._world
+        batches = EvaluationBatches([len(self)], batch_size, world.rank, world.size, limit)
+        options = {"num_workers": self._num_workers, "pin_memory": world.device.type == "cuda"}
+        return on_device(load_batches(self, batches, self, **options), world.device)
+
+    def encoded(self, sample: int) -> bytes:
+        """As Dataset's."""
+        split, index = self._locate(sample)
+        return split.source.read(index)
+
+    def _locate(self, sample: int) -> tuple[Samples, int]:
+        """The split, and the image's number in its source."""
+        split = int(np.searchsorted(self._ends, sample, "right"))
+        return self._splits[split], int(self._splits[split].indices[sample - (self._ends[split - 1] if split else 0)])
+
+    def __call__(self, samples: Sequence[int]) -> Batch:
+        """Sample ids [B] → Batch. Raises DataError."""
+        images = np.empty((len(samples), *self._format.shape), np.uint8)
+        labels = np.empty(len(samples), np.int64)
+        for row, sample in enumerate(map(int, samples)):
+            split, index = self._locate(sample)
+            labels[row] = self._labels[sample]
+            try:
+                pixels = decode(split.source.read(index), self._format.channels)
+                images[row] = fit(pixels, self._format.resolution, self._format.resize)
+            except ImageError as error:
+                raise DataError(f"{split.source.name(index)}: {error}") from error
+        return Batch(torch.from_numpy(images), torch.from_numpy(labels), {})

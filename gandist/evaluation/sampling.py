@@ -1,0 +1,80 @@
+"""The generated images that are measured: image n is a function of the seed and n, on any number of ranks."""
+
+import copy
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gandist.config import Config
+from gandist.data import to_uint8
+from gandist.distributed import World
+from gandist.randomness import Purpose, draw_latents, random_stream
+
+
+class FakeImages:
+    """What `evaluation` says of them.
+
+    class_counts: of the training set, int64 [K]
+    """
+
+    def __init__(self, config: Config, class_counts: np.ndarray, world: World, *, seed: int):
+        self.settings = config.evaluation
+        self.latent_dim = config.model.latent_dim
+        self.world = world
+        self.seed = seed
+        self.class_counts = np.ones_like(class_counts) if self.settings.labels == "balanced" else class_counts
+
+    def prepare(self, generator: nn.Module) -> nn.Module:
+        """The generator as it is measured: its own statistics of batch norm, or, with `evaluation.standing_stats`, a copy with
+        the mean of those of so many batches (Brock et al. 2019, 1809.11096, appendix D). Every rank calls it."""
+        norms = [module for module in generator.modules() if isinstance(module, _BatchNorm)]
+        if not (self.settings.standing_stats and norms):
+            return generator
+        generator = copy.deepcopy(generator).eval()
+        norms = [module for module in generator.modules() if isinstance(module, _BatchNorm)]
+        for norm in norms:
+            norm.train()
+        size = self.settings.batch_size
+        for batch in range(self.settings.standing_stats):
+            for norm in norms:
+                norm.momentum = 1 / (batch + 1)
+            stream = random_stream(self.seed, Purpose.STANDING_STATISTICS, batch)
+            latents = self._latents(stream, size)
+            labels = torch.from_numpy(stream.permutation(proportional_labels(self.class_counts, size)))
+            self._generate(generator, *(each[self.world.rank :: self.world.size] for each in (latents, labels)))
+        return generator.eval()
+
+    def batches(self, generator: nn.Module, total: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """This rank's share of `total` images: uint8 [B, C, H, W] and labels [B], in batches that are dealt to the ranks in
+        turn. Batch n is a function of the seed and n."""
+        size = self.settings.batch_size
+        all_labels = torch.from_numpy(proportional_labels(self.class_counts, total))
+        for start in range(0, total, size)[self.world.rank :: self.world.size]:
+            labels = all_labels[start : start + size]
+            latents = self._latents(random_stream(self.seed, Purpose.EVALUATION, start // size), len(labels))
+            yield self._generate(generator, latents, labels)
+
+    def _latents(self, stream: np.random.Generator, count: int) -> torch.Tensor:
+        return draw_latents(stream, count, self.latent_dim, self.settings.truncation)
+
+    def _generate(self, generator: nn.Module, latents: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        device, dtype = self.world.device, next(generator.parameters()).dtype
+        labels = labels.to(device)
+        return to_uint8(generator(latents.to(device, dtype), labels)), labels
+
+
+def number_of_turns(total: int, batch_size: int, world_size: int) -> int:
+    """Batches of the rank that has most."""
+    return math.ceil(total / batch_size / world_size)
+
+
+def proportional_labels(class_counts: np.ndarray, size: int) -> np.ndarray:
+    """`size` labels, int64, in proportion to these counts and sorted; −1 where there are no classes."""
+    if not len(class_counts):
+        return np.full(size, -1)
+    places = (2 * np.arange(size) + 1) * class_counts.sum() // (2 * size)
+    return np.searchsorted(np.cumsum(class_counts), places, "right")
