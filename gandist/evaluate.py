@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from gandist import checkpoint
+from gandist.arguments import positive
 from gandist.config import BUILT_IN, RUN_CONFIG, Config, DataConfig, EvaluationConfig, load_config
 from gandist.data import Dataset, open_dataset
 from gandist.data.files import ImageFiles
@@ -129,7 +130,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "subject", nargs="+", metavar="RUN", help="a run's folder, a checkpoint's, `images A B`, or `reference IMAGES FILE.npz`"
     )
     chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument("--step", type=int, metavar="N", help="this checkpoint of the run (default: the newest)")
+    chosen.add_argument("--step", type=positive, metavar="N", help="this checkpoint of the run (default: the newest)")
     chosen.add_argument("--best", action="store_true", help="the best one by the run's checkpoint.best")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there, too")
     parser.add_argument(

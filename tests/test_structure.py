@@ -12,6 +12,7 @@ from tests.ranks import ROOT, run_command
 ROWS = [
     "gandist",
     "gandist.errors",
+    "gandist.arguments",
     "gandist.config",
     "gandist.launcher",
     "gandist.rendezvous",

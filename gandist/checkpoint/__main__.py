@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 
+from gandist.arguments import positive
 from gandist.checkpoint.folder import (
     DAMAGED,
     FOLDER,
@@ -191,7 +192,7 @@ def _parser() -> argparse.ArgumentParser:
         "Nothing is removed unless the newest is whole.",
         "runs/digits --keep 1 --dry-run",
     )
-    pruned.add_argument("--keep", type=_count, metavar="N", help="the newest so many, instead of checkpoint.keep")
+    pruned.add_argument("--keep", type=positive, metavar="N", help="the newest so many, instead of checkpoint.keep")
     pruned.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     consolidated = add(
         consolidate,
@@ -200,16 +201,10 @@ def _parser() -> argparse.ArgumentParser:
         "and beside it a .json with the configuration and how it was made.",
         "runs/digits --output digits.pt",
     )
-    consolidated.add_argument("--step", type=_count, metavar="N", help="of this checkpoint (default: the newest)")
+    consolidated.add_argument("--step", type=positive, metavar="N", help="of this checkpoint (default: the newest)")
     consolidated.add_argument("--all", action="store_true", help="both networks and their optimizers as well")
     consolidated.add_argument("--output", type=Path, metavar="FILE", help="default: generator-step-….pt in RUN")
     return parser
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from gandist.arguments import positive
 from gandist.config import DataConfig
 from gandist.data.cache import ShardCache
 from gandist.data.decode import PILLOW_ERRORS, ImageError, decode
@@ -323,12 +324,6 @@ def _label(text: str) -> str:
     return text
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
-    return int(text)
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m gandist.data.check",
@@ -338,7 +333,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("shards", nargs="+", help="as for data.train: folders, globs, braces, URLs; all splits of a folder")
     parser.add_argument("--label", type=_label, default="cls", metavar="cls|json:FIELD|none", help="default: %(default)s")
     cores = len(os.sched_getaffinity(0))
-    parser.add_argument("--workers", type=_count, default=cores, metavar="N", help="decoding processes (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=positive, default=cores, metavar="N", help="decoding processes (default: %(default)s)"
+    )
     parser.add_argument("--cache-dir", type=Path, default=DataConfig().cache_dir, help="where URLs go (default: %(default)s)")
     parser.add_argument("--allow-pipe", action="store_true", help="as data.allow_pipe: run the commands behind pipe: names")
     options = parser.parse_args(arguments)

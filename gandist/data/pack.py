@@ -13,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from gandist.arguments import positive
 from gandist.data.collections import Collection, Samples, hold_out, image_folder, table
 from gandist.data.encode import Encoding, encode_png
 from gandist.data.index import UNLABELLED
@@ -206,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for command in (digits, folder, listed, torchvision):
         command.add_argument("folder", type=Path, metavar="FOLDER", help="where to; made by this command")
-    digits.add_argument("--resolution", type=_positive, default=16, metavar="PIXELS", help="default: %(default)s")
+    digits.add_argument("--resolution", type=positive, default=16, metavar="PIXELS", help="default: %(default)s")
     for command in (folder, listed, torchvision):
         _add_options(command)
     return parser
@@ -215,7 +216,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--resolution",
-        type=_positive,
+        type=positive,
         metavar="PIXELS",
         help="make all images squares of this size, upright as their EXIF says (default: files are copied as they are)",
     )
@@ -235,25 +236,18 @@ def _add_options(command: argparse.ArgumentParser) -> None:
         help="of images that are not copied: png, lossless and fast to read; jpg, quality 95, smaller (default: %(default)s)",
     )
     command.add_argument(
-        "--shard-size", type=_positive, default=SHARD_SIZE, metavar="N", help="images a shard (default: %(default)s)"
+        "--shard-size", type=positive, default=SHARD_SIZE, metavar="N", help="images a shard (default: %(default)s)"
     )
     command.add_argument(
         "--hold-out", type=_fraction, default=0.0, metavar="FRACTION", help="this part of every class becomes the split test"
     )
     command.add_argument(
         "--workers",
-        type=_positive,
+        type=positive,
         default=len(os.sched_getaffinity(0)),
         metavar="N",
         help="processes (default: the cores there are, %(default)s)",
     )
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
 
 
 def _fraction(text: str) -> float:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gandist.arguments import positive
 from gandist.config import DataConfig, load_config
 from gandist.data import open_dataset
 from gandist.distributed import World, join_world, run
@@ -132,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("file", type=Path, help="where the judge goes")
     parser.add_argument("--config", type=Path, metavar="CONFIG", help="whose data section says what to train on")
-    parser.add_argument("--epochs", type=int, default=EPOCHS, metavar="N", help="default: %(default)s")
+    parser.add_argument("--epochs", type=positive, default=EPOCHS, metavar="N", help="default: %(default)s")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the configuration, such as data.train=…")
     options = parser.parse_intermixed_args(arguments)
     data = load_config(options.config, [*options.overrides, "evaluation.metrics=[]", "checkpoint.best=null"]).data
