@@ -130,6 +130,7 @@ class TrainConfig(Section):
     activation_checkpointing: bool = False  # saves memory: activations are computed again in the backward pass
     non_finite: Literal["stop", "skip"] = "stop"  # at an update whose gradient is not finite
     deterministic: bool = False  # the same command gives the same bits again, at some cost in speed
+    profile: Annotated[Integer, Field(ge=0)] = 0  # steps of which rank 0 writes a trace and a summary; 0: none
     timeout_minutes: Positive = 10.0  # a rank that makes no progress for so long ends the run with an error
 
     @model_validator(mode="after")
@@ -251,6 +252,9 @@ class TrackingConfig(Section):
     samples_every_kimg: Interval = 20.0
     wandb: Literal["auto", "online", "offline", "off"] = "auto"  # auto: online with a key, else offline
     wandb_project: str = "gandist"
+    wandb_group: str | None = None  # null: of the tasks of one Slurm array, the array
+    wandb_tags: tuple[str, ...] = ()
+    wandb_checkpoints: bool = False  # whether the newest and the best checkpoint are uploaded as artifacts, at the end
 
     @model_validator(mode="before")
     @classmethod

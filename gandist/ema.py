@@ -24,3 +24,9 @@ class ExponentialMovingAverage:
         torch._foreach_lerp_(list(self.module.parameters()), list(self.source.parameters()), new_weight)
         if buffers := list(self.module.buffers()):
             torch._foreach_copy_(buffers, list(self.source.buffers()))
+
+    @torch.no_grad()
+    def distance(self) -> torch.Tensor:
+        """How far the average is from what it follows, ‖θ − θ_ema‖ / ‖θ‖, []."""
+        average, source = list(self.module.parameters()), list(self.source.parameters())
+        return nn.utils.get_total_norm(torch._foreach_sub(average, source)) / nn.utils.get_total_norm(source)

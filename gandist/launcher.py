@@ -67,6 +67,21 @@ def read_address(launch: Launch) -> tuple[str, int]:
     return host, _number("MASTER_PORT", 20000 + (_number("SLURM_JOB_ID", 0) * 7 + _number("SLURM_STEP_ID")) % 12000)
 
 
+@dataclass(frozen=True)
+class Job:
+    """Of Slurm. array: the number of the array that it is a task of, if it is."""
+
+    id: str
+    array: str | None
+
+
+def read_job() -> Job | None:
+    """The batch job that this process is part of, if there is one."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return None
+    return Job(os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_JOB_ID"))
+
+
 def tell_libraries(local_rank: int) -> None:
     """Sets the variable that some of them read, where the launcher did not or there is none."""
     os.environ.setdefault("LOCAL_RANK", str(local_rank))

@@ -74,7 +74,12 @@ class DiscriminatorObjective(nn.Module):
 
         loss = self.adversarial.discriminator(verdicts["real"].logits, verdicts["fake"].logits)
         statistics = {"loss/discriminator": loss}
-        statistics |= {f"logits/{name}": verdicts[name].logits.mean() for name in ("real", "fake")}
+        for name in ("real", "fake"):
+            logits = verdicts[name].logits
+            right = (logits > 0) == (name == "real")
+            statistics[f"logits/{name}"] = logits.mean()
+            statistics[f"logits/{name}_square"] = logits.square().mean()
+            statistics[f"logits/{name}_accuracy"] = right.to(logits.dtype).mean()
         class_logits = verdicts["real"].class_logits
         if class_logits.size(1):
             # A mean over all images, labelled or not, so that ranks with more or fewer of them weigh alike.

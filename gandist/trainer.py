@@ -1,5 +1,6 @@
 """Builds a run in order, and the loop."""
 
+import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,25 +9,28 @@ from pathlib import Path
 
 import torch
 import webdataset
+from torch.profiler import record_function
 
 import gandist
 from gandist import checkpoint
 from gandist.config import Config
-from gandist.data import DeviceBatch, normalize, open_dataset, to_uint8, upload
+from gandist.data import DeviceBatch, normalize, open_dataset, upload
 from gandist.distributed import World
 from gandist.ema import ExponentialMovingAverage
 from gandist.engine import build_player, choose_compile, choose_precision, compile_objective, frozen, set_determinism
+from gandist.environment import describe_start
 from gandist.errors import ConfigError, DataError, TrainingError
 from gandist.evaluation.evaluator import Evaluator
+from gandist.flops import count_flops, peak_flops
 from gandist.models import build_discriminator, build_generator, recompute_activations
 from gandist.objective import DiscriminatorObjective, GeneratorObjective
 from gandist.preemption import Stopped, StopRequest
-from gandist.randomness import Purpose, StepRandomness, draw_latents, random_stream
-from gandist.tracking import Meter, Tracker, open_trackers, sample_grid
+from gandist.preview import Preview
+from gandist.profiling import StepProfiler
+from gandist.randomness import Purpose, StepRandomness
+from gandist.tracking import Meter, Tracker, open_trackers
 from gandist.watchdog import Watchdog
 
-SAMPLES_PER_CLASS = 10
-GRID_CLASSES = 32
 AFTER_EXCHANGES = 5.0  # s by which the watchdog waits longer than an exchange does, which knows better what is wrong
 NAMED_SKIPS = 10  # skipped samples that are named, and that are always allowed
 
@@ -82,6 +86,7 @@ class Trainer:
         terms = {"class_weight": config.classification.weight, "autocast": self.precision.autocast}
         discriminating = DiscriminatorObjective(discriminator, config.loss, **terms)
         generating = GeneratorObjective(generator, discriminator, config.loss, **terms)
+        self.flops = self._count_flops(discriminating, generating) if world.is_main else {}
         self.generate = generating.generate
         self.compiled = choose_compile(config.train, world.device)
         if self.compiled:
@@ -118,17 +123,23 @@ class Trainer:
 
     def train(self) -> None:
         """Trains from where the run stands to its end, or until asked to stop. Saves in either case."""
-        trackers = open_trackers(self.config, self.train_set.class_names, self.world, step=self.step)
+        start = {"step": self.step, **describe_start(self.world), **self._summary()}
+        trackers = open_trackers(self.config, start, self.world, step=self.step)
+        self.preview = Preview(self.config, self.train_set, self.world, self.precision.dtype) if trackers else None
+        for tracker in trackers:
+            tracker.real(self.preview.real_grid)
         stop = StopRequest(self.world)
         with self.watchdog.watching():
-            with closing(self._open_batches()) as batches, self.saver:
-                stopped = self._train(batches, trackers, stop)
+            with closing(self._open_batches()) as batches, self.saver, self._open_profiler() as profiler:
+                stopped = self._train(batches, trackers, stop, profiler)
             if self.config.checkpoint.best and not stopped:
                 self._confirm_best(trackers, stop)
         for tracker in trackers:
             tracker.finish()
 
-    def _train(self, batches: Iterator[DeviceBatch], trackers: list[Tracker], stop: StopRequest) -> bool:
+    def _train(
+        self, batches: Iterator[DeviceBatch], trackers: list[Tracker], stop: StopRequest, profiler: StepProfiler
+    ) -> bool:
         """Whether a request to stop came before the end."""
         config = self.config
         stopping = False
@@ -137,6 +148,9 @@ class Trainer:
             saving, logging = self.evaluation_pending, False  # pending here: a stop came in the midst of it
             if not self.evaluation_pending:
                 self.train_step(batches)
+                profiler.step()
+                for tracker in trackers:
+                    tracker.step(self.progress)
                 stopping = stop.agreed()
                 self.evaluation_pending = bool(config.evaluation.metrics) and self._due(config.evaluation.every_kimg)
                 saving = stopping or self._checkpoint_due()
@@ -159,14 +173,15 @@ class Trainer:
         count = self.accumulation
         for update in range(self.config.train.discriminator_updates):
             real, real_labels = self._next_real(batches)
-            latents, labels = self._latents(Purpose.DISCRIMINATOR, update)
-            drawn = real, real_labels, latents, labels, *self._mixing(update)
-            micro_batches = zip(*(each.chunk(count) for each in drawn), strict=True)
-            inputs = ((x, y, self._fake(z, c), c, *mixing) for x, y, z, c, *mixing in micro_batches)
-            self.meter.update(self.discriminator.update(inputs, count, self.step + 1))
+            with record_function("discriminator update"):
+                latents, labels = self._latents(Purpose.DISCRIMINATOR, update)
+                drawn = real, real_labels, latents, labels, *self._mixing(update)
+                micro_batches = zip(*(each.chunk(count) for each in drawn), strict=True)
+                inputs = ((x, y, self._fake(z, c), c, *mixing) for x, y, z, c, *mixing in micro_batches)
+                self.meter.update(self.discriminator.update(inputs, count, self.step + 1))
 
-        latents, labels = self._latents(Purpose.GENERATOR)
-        with frozen(self.discriminator.network):
+        with record_function("generator update"), frozen(self.discriminator.network):
+            latents, labels = self._latents(Purpose.GENERATOR)
             inputs = zip(latents.chunk(count), labels.chunk(count), strict=True)
             self.meter.update(self.generator.update(inputs, count, self.step + 1))
 
@@ -228,17 +243,63 @@ class Trainer:
     def describe(self) -> str:
         """What is about to run, for the console."""
         config = self.config
-        sizes = [sum(p.numel() for p in each.network.parameters()) for each in (self.generator, self.discriminator)]
+        summary = self._summary()
+        networks = [
+            f"{name} {each['parameters']:,} parameters"
+            + (f" and {each['flops'] / 1e6:,.1f} MFLOP an image" if "flops" in each else "")
+            for name, each in summary["networks"].items()
+        ]
+        data = summary["data"]
+        steps = math.ceil(config.train.kimg * 1000 / self.images_per_step)
         return (
             f"{config.run_dir}: {self.world.size} rank(s) on {self.world.device.type}, {self.precision.name}"
             + (", compiled" if self.compiled else "")
             + (f", DeepSpeed with ZeRO stage {config.stage}" if config.engine == "deepspeed" else "")
             + "\n"
-            f"data: {len(self.train_set):,} images of {config.data.num_classes or 'no'} classes"
-            f" in {len(self.train_set.shards.shards)} shards\n"
-            f"networks: {config.model.family}, generator {sizes[0]:,} and discriminator {sizes[1]:,} parameters\n"
-            f"plan: {config.train.kimg:g} kimg in global batches of {config.train.batch_size}"
+            f"data: {data['train']:,} images of {config.data.num_classes or 'no'} classes"
+            f" in {len(self.train_set.shards.shards)} shards"
+            + (f"; {data['test']:,} held out" if data["test"] else "")
+            + f"\nnetworks: {config.model.family}, "
+            + ", ".join(networks)
+            + "\n"
+            f"plan: {config.train.kimg:g} kimg in {steps:,} steps of {config.train.batch_size} images"
+            + (f", {self.flops['update'] * config.train.kimg / 1e9:,.3g} TFLOP" if self.flops else "")
         )
+
+    def _summary(self) -> dict:
+        """Of data and networks, for the console and the run folder."""
+        test_set = self.evaluator.test_set
+        networks = {}
+        for player in (self.generator, self.discriminator):
+            networks[player.name] = {"parameters": sum(p.numel() for p in player.network.parameters())}
+            if self.flops:
+                networks[player.name]["flops"] = self.flops[player.name]
+        counts = {"train": len(self.train_set), "test": len(test_set) if test_set else 0}
+        return {
+            "class_names": self.train_set.class_names,
+            "data": counts | {"class_counts": self.train_set.class_counts.tolist()},
+            "networks": networks,
+        }
+
+    def _count_flops(self, discriminating: DiscriminatorObjective, generating: GeneratorObjective) -> dict[str, int]:
+        """Of one image: a forward pass of either network, and all of training for each real image ("update")."""
+        config, device, dtype = self.config, self.world.device, self.precision.dtype
+        latents = torch.zeros(1, config.model.latent_dim, device=device, dtype=dtype)
+        labels = torch.zeros(1, dtype=torch.int64, device=device)
+        shape = 1, config.data.channels, config.data.resolution, config.data.resolution
+        images = torch.rand(shape, device=device, dtype=dtype)
+        batch = images, labels, images.flip(-1), labels, *([latents[:, 0]] if config.loss.wgan_gp_lambda else [])
+        flops = {
+            "generator": count_flops(generating.network, latents, labels),
+            "discriminator": count_flops(discriminating.network, images, labels),
+        }
+        updates = count_flops(discriminating, *batch, backward=True) + flops["generator"]
+        generator_update = count_flops(generating, latents, labels, backward=True)
+        return flops | {"update": updates + generator_update // config.train.discriminator_updates}
+
+    def _open_profiler(self) -> StepProfiler:
+        steps = self.config.train.profile if self.world.is_main else 0
+        return StepProfiler(self.config.run_dir / "profile", steps, self.world.device)
 
     def _open_batches(self) -> Iterator[DeviceBatch]:
         batch_size = self.config.train.batch_size
@@ -248,7 +309,8 @@ class Trainer:
         """Images [B / world_size, C, H, W] in [-1, 1] and their labels, on the device."""
         start = time.perf_counter()
         self.watchdog.doing(f"waiting for data after step {self.step}")
-        images, labels, skipped = next(batches)
+        with record_function("waiting for data"):
+            images, labels, skipped = next(batches)
         self.watchdog.doing(f"computing step {self.step + 1}, or waiting for other ranks in it")
         self.data_wait += time.perf_counter() - start
         self.skipped += skipped.values()
@@ -288,17 +350,22 @@ class Trainer:
 
     def _log(self, trackers: list[Tracker]) -> None:
         self.saver.check()
-        values = self._report_guards() | self.meter.read()
-        if "classification/labelled" in values:
-            for name in {"loss/classification", "classification/train_top1"} & values.keys():
-                values[name] /= max(values["classification/labelled"], 1e-9)
-        values |= self._report_skipped()
+        values = self._report_guards() | self.meter.read() | self._report_skipped()
         seconds = time.perf_counter() - self.interval_start
+        rate = (self.images - self.interval_images) / seconds
         values |= {
-            "throughput/images_per_second": (self.images - self.interval_images) / seconds,
+            "lr/generator": self.config.optimizer.generator_lr,
+            "lr/discriminator": self.config.optimizer.discriminator_lr,
+            "ema/distance": self.ema.distance().item(),
+            "throughput/images_per_second": rate,
             "throughput/data_wait": self.data_wait / seconds,
             "memory/peak_gib": _peak_memory(self.world.device) / 2**30,
         }
+        if self.flops:
+            achieved = rate * self.flops["update"] / self.world.size
+            values["throughput/tflops"] = achieved / 1e12  # of a rank
+            if peak := peak_flops(self.world.device, self.precision.name):
+                values["throughput/mfu"] = achieved / peak
         for tracker in trackers:
             tracker.scalars(self.progress, values)
 
@@ -330,18 +397,10 @@ class Trainer:
         return {"data/skipped": self.total_skipped}
 
     def _draw_samples(self, trackers: list[Tracker]) -> None:
-        """One row a class, of the first GRID_CLASSES, always of the same latents; without classes, as many rows as columns."""
-        if not trackers:
-            return
-        rows = range(min(self.config.data.num_classes, GRID_CLASSES)) or [-1] * SAMPLES_PER_CLASS
-        labels = torch.tensor(rows, device=self.world.device).repeat_interleave(SAMPLES_PER_CLASS)
-        stream = random_stream(self.config.seed, Purpose.SAMPLES)
-        latents = draw_latents(stream, len(labels), self.config.model.latent_dim)
-        with torch.no_grad():
-            images = self.ema.module(latents.to(self.world.device, self.precision.dtype), labels)
-        grid = sample_grid(to_uint8(images), columns=SAMPLES_PER_CLASS)
+        if trackers:
+            samples = self.preview.draw(self.ema.module, self.discriminator.network)
         for tracker in trackers:
-            tracker.samples(self.progress, grid)
+            tracker.samples(self.progress, samples)
 
     def _evaluate(self, trackers: list[Tracker], stop: StopRequest) -> bool:
         """False where a request to stop came first."""

@@ -107,7 +107,7 @@ def test_evaluate(finished, cache_dir: Path) -> None:
     assert result.returncode == 0, result.stderr
     (reported,) = re.findall(r"eval/fd_classifier (\d+\.\d+)", trained.stdout)
     assert re.search(rf"^eval/fd_classifier +{reported}$", result.stdout, re.MULTILINE), "the checkpoint is what was measured"
-    assert len(re.findall(r"^\d +[\d.]+ +[\d.]+ +[\d.]+$", result.stdout, re.MULTILINE)) == 10
+    assert len(re.findall(r"^\d( +[\d.]+){4}$", result.stdout, re.MULTILINE)) == 10
     result = launch(1, "gandist.evaluate", str(run_dir.parent))
     assert result.returncode == 1
     assert result.stderr.startswith("error: cannot read the configuration")

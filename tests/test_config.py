@@ -65,7 +65,7 @@ def test_all_mistakes_are_shown_at_once(tmp_path: Path) -> None:
         ("- train", "sections are wanted"),
         ("train: 3", "a section is wanted here"),
         ("train: {batch_size: 10, accumulation: 3}", "accumulation=3 does not divide batch_size=10"),
-        ("data: {test: null}", "'accuracy', which needs data.test"),
+        ("data: {test: null}", "accuracy, which need data.test"),
         ("data: {train: a.tar}", "data.test is the built-in digits but data.train is not"),
         ("data: {train: a.tar, test: b.tar}", "fd_classifier, gan_test, whose judge knows only the built-in digits"),
         ("data: {train: 5}", r"1 mistake\(s\)\n  data.train: a text, or a list of texts, is wanted \(got 5\)"),

@@ -211,7 +211,11 @@ def stopped(cluster: Cluster) -> dict[str, dict[str, str]]:
     for name, job in jobs.items():
         until(lambda job=job: cluster.log(job).count("hosts") == 2)
         cluster.run("scancel", *SIGNALS[name], job)
-    until(lambda: all(cluster.job(job)["JobState"] == "PENDING" for job in jobs.values()))
+
+    def is_pending(job: dict[str, str]) -> bool:
+        return job["JobState"] == "PENDING" and job["Reason"] != "None"  # which it is until the scheduler has looked at it
+
+    until(lambda: all(is_pending(cluster.job(job)) for job in jobs.values()))
     return {name: cluster.job(job) | {"log": cluster.log(job)} for name, job in jobs.items()}
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 import numpy as np
+import torch
 
 from gandist.config import BUILT_IN, DataConfig, ShardSpec
 from gandist.data.cache import ShardCache
@@ -82,6 +83,13 @@ class Dataset:
         """This rank's share of all samples, or of `limit` that are evenly spaced, each once over the ranks."""
         world = self._world
         return self._batches(EvaluationBatches(self.shards.shard_sizes, batch_size, world.rank, world.size, limit))
+
+    def some(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images uint8 [N, C, H, W] and labels [N], on the CPU: evenly spaced, or the first where they come from afar."""
+        size, shards = len(self), self.shards
+        samples = np.arange(min(count, size, shards.shard_sizes[0] if shards.is_cached else size))
+        images, labels, _ = self._read(samples if shards.is_cached else samples * size // len(samples))
+        return images.permute(0, 3, 1, 2), labels
 
     def encoded(self, sample: int) -> bytes:
         """One image as it lies in its shard."""

@@ -1,0 +1,53 @@
+"""Where and how a run was started: what one needs to do it again."""
+
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import gandist
+from gandist.distributed import World
+from gandist.launcher import read_job
+
+PACKAGES = ("torch", "torchvision", "webdataset", "deepspeed", "wandb", "numpy")
+
+
+def describe_start(world: World) -> dict[str, Any]:
+    """Time, command, processes, device, versions, revision of the code, and Slurm's job."""
+    job = read_job()
+    versions = {"gandist": gandist.__version__, "python": platform.python_version()}
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": _command(world),
+        "world_size": world.size,
+        "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+        "git": _revision(),
+        "slurm_job": job and job.id,
+        "versions": versions | {package: version(package) for package in PACKAGES},
+    }
+
+
+def _command(world: World) -> str:
+    """As one would type it, whatever has started the processes."""
+    nodes = world.size // world.local_size
+    launcher = f"torchrun --nproc_per_node={world.local_size}" if world.size > 1 else "python"
+    if nodes > 1:
+        launcher += f" --nnodes={nodes}"
+    return f"{launcher} -m gandist.train {shlex.join(sys.argv[1:])}".rstrip()
+
+
+def _revision() -> str | None:
+    """Of the repository that gandist is imported from, with a `+` where files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        revision = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return revision.stdout.strip() + ("+" if changed.stdout else "") if revision.returncode == 0 else None

@@ -1,0 +1,37 @@
+"""Where numbers and pictures of a run go: the console, files in the run folder, Weights & Biases."""
+
+from typing import Any
+
+from gandist.config import Config
+from gandist.distributed import World
+from gandist.tracking.console import Console
+from gandist.tracking.health import Health
+from gandist.tracking.meter import Meter, Scalars
+from gandist.tracking.run_folder import EVALUATIONS, METRICS, SAMPLES, RunFolder
+from gandist.tracking.tracker import Samples, Tracker, evaluation_table
+from gandist.tracking.weights_and_biases import WeightsAndBiases
+
+__all__ = [
+    "EVALUATIONS",
+    "METRICS",
+    "SAMPLES",
+    "Meter",
+    "Samples",
+    "Scalars",
+    "Tracker",
+    "evaluation_table",
+    "open_trackers",
+]
+
+
+def open_trackers(config: Config, start: dict[str, Any], world: World, *, step: int) -> list[Tracker]:
+    """All trackers on rank 0, none on the others.
+
+    start: what is known of this start (`environment.describe`); step: where the run begins or goes on
+    """
+    if not world.is_main:
+        return []
+    trackers = [Console(config, step), RunFolder(config.run_dir, step, start), Health(config)]
+    if config.tracking.wandb != "off":
+        trackers.append(WeightsAndBiases(config, start, step))
+    return trackers

@@ -1,0 +1,186 @@
+"""Weights & Biases: a dashboard that goes on after a resume, and that never blocks, slows down or ends a run."""
+
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from PIL import Image
+
+from gandist import checkpoint
+from gandist.config import Config
+from gandist.evaluation.evaluator import Evaluation
+from gandist.launcher import read_job
+from gandist.tracking.meter import Scalars
+from gandist.tracking.tracker import Samples, Tracker, per_class_columns
+
+PATIENCE = 3.0  # s to reach the server
+FINISH_PATIENCE, UPLOAD_PATIENCE = 10, 600  # s for what is still to be sent; with checkpoints
+CONFUSION = "wandb/confusion_matrix/v1"  # W&B's own chart
+
+
+class WeightsAndBiases(Tracker):
+    """A run under one id, online with a key and a server that answers, else kept in the run folder.
+
+    start: a row about this start; step: where the run begins or goes on
+    """
+
+    def __init__(self, config: Config, start: dict[str, Any], step: int):
+        import wandb
+
+        self._wandb = wandb
+        self._config = config
+        self._class_names = start["class_names"]
+        self._start = step
+        self._progress_file = config.run_dir / "wandb_step"
+        self._sent = _read_number(self._progress_file)  # the last step that an earlier process has sent
+        id_file = config.run_dir / "wandb_id"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(4))
+        job = read_job()
+        tracking = config.tracking
+        patience = UPLOAD_PATIENCE if tracking.wandb_checkpoints else FINISH_PATIENCE
+        self._options = {
+            "project": tracking.wandb_project,
+            "name": config.run_dir.name,
+            "group": tracking.wandb_group or (job and job.array and f"array-{job.array}") or None,
+            "tags": [*tracking.wandb_tags, *([f"slurm-{job.id}"] if job else [])] or None,
+            "id": id_file.read_text(),
+            "resume": "allow",
+            "dir": config.run_dir,
+            "config": config.model_dump(mode="json") | {"start": start},
+            "settings": wandb.Settings(silent=True, console="off", init_timeout=10, finish_timeout=patience),
+        }
+        self._run = self._open(self._mode())
+        if self._run is None:
+            return
+        if self._run.offline and tracking.wandb != "offline":
+            print(f"W&B: offline; `wandb sync {config.run_dir}/wandb/offline-run-*` sends the run later", flush=True)
+        elif not self._run.offline:
+            self._sent = self._run.starting_step - 1
+        self._guarded(lambda: self._run.define_metric("kimg"))
+        self._guarded(lambda: self._run.define_metric("*", step_metric="kimg"))
+
+    def scalars(self, progress: dict, values: Scalars) -> None:
+        self._log(progress, lambda: values)
+
+    def evaluation(self, progress: dict, evaluation: Evaluation) -> None:
+        def row() -> dict[str, Any]:
+            values = {record.metric: record.value for record in evaluation.records}
+            values |= {f"{record.metric}_std": record.spread for record in evaluation.records if record.spread is not None}
+            group = evaluation.records[0].metric.partition("/")[0] if evaluation.records else ""
+            where = "best" if group == "best" else "classification"
+            if columns := per_class_columns(evaluation):
+                rows = [list(row) for row in zip(self._class_names, *columns.values(), strict=True)]
+                values[f"{where}/per_class"] = self._wandb.Table(["class", *columns], rows)
+            if report := evaluation.report:
+                values[f"{where}/confusion"] = self._confusion(report.confusion)
+            return values
+
+        self._log(progress, row)
+
+    def real(self, grid: Image.Image) -> None:
+        if self._start == 0:
+            self._log({"step": 0, "kimg": 0.0}, lambda: {"samples/real": self._wandb.Image(grid)})
+
+    def samples(self, progress: dict, samples: Samples) -> None:
+        def row() -> dict[str, Any]:
+            histograms = {f"logits/{kind}_histogram": self._wandb.Histogram(each) for kind, each in samples.logits.items()}
+            diversity = {} if samples.diversity is None else {"health/diversity": samples.diversity}
+            return {"samples/generated": self._wandb.Image(samples.grid)} | histograms | diversity
+
+        self._log(progress, row)
+
+    def finish(self) -> None:
+        if self._config.tracking.wandb_checkpoints and (saved := checkpoint.complete_steps(self._config.run_dir)):
+            best = checkpoint.best(self._config.run_dir, self._config.checkpoint)
+            for path, alias in {saved[-1]: "newest", **({best: "best"} if best else {})}.items():
+                self._guarded(lambda path=path, alias=alias: self._send_checkpoint(path, alias))
+        self._guarded(lambda: self._run.finish())
+
+    def _log(self, progress: dict, row: Callable[[], dict[str, Any]]) -> None:
+        """A run that was killed repeats the steps after its last checkpoint: their rows were sent, and are not sent twice. At
+        the very step where it goes on, there is only what a stop had left undone."""
+        step = progress["step"]
+        if step <= self._sent and step != self._start:
+            return
+        self._guarded(lambda: self._run.log(progress | row(), step=max(step, self._sent + 1)))
+        with suppress(OSError):
+            self._progress_file.write_text(str(step))
+
+    def _confusion(self, confusion: list[list[int]]) -> Any:
+        names = [str(name) for name in self._class_names]
+        cells = [
+            [label, prediction, count]
+            for label, counts in zip(names, confusion, strict=True)
+            for prediction, count in zip(names, counts, strict=True)
+        ]
+        columns = ["Actual", "Predicted", "nPredictions"]
+        table = self._wandb.Table(columns, cells)
+        return self._wandb.plot_table(CONFUSION, table, {name: name for name in columns}, {"title": "confusion matrix"})
+
+    def _send_checkpoint(self, path: Path, alias: str) -> None:
+        artifact = self._wandb.Artifact(f"{self._config.run_dir.name}-{self._run.id}", type="checkpoint")
+        artifact.add_dir(str(path))
+        self._run.log_artifact(artifact, aliases=[alias, path.name])
+
+    def _mode(self) -> str:
+        mode = self._config.tracking.wandb
+        if mode == "auto":
+            mode = os.environ.get("WANDB_MODE") or ("online" if self._has_key() else "offline")
+        if mode != "online":
+            return mode
+        url = self._wandb.Settings().base_url
+        if not _reachable(url):
+            print(f"warning: W&B's server {url} cannot be reached; the run is kept offline", flush=True)
+            return "offline"
+        return mode
+
+    def _has_key(self) -> bool:
+        return bool(self._wandb.login(prompt=False, verify=False))
+
+    def _open(self, mode: str) -> Any:
+        try:
+            return self._wandb.init(mode=mode, **self._options)
+        except self._wandb.Error as error:
+            print(f"warning: W&B cannot be used online ({' '.join(str(error).split())}); the run is kept offline", flush=True)
+            self._wandb.teardown()  # the failed attempt still holds the run's id
+            return self._wandb.init(mode="offline", **self._options)
+
+    def _guarded(self, action: Callable[[], Any]) -> None:
+        """No failure of W&B may end a run: it is told of once, and W&B is left alone from there."""
+        if self._run is None:
+            return
+        try:
+            action()
+        except Exception as error:
+            print(f"warning: W&B failed ({' '.join(str(error).split())}); the run goes on without it", flush=True)
+            self._run = None
+
+
+def _reachable(url: str) -> bool:
+    """Whether a server answers there, in bounded time: names are looked up by a thread, as nothing bounds that."""
+    parts = urlsplit(url)
+    address = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
+    answered = threading.Event()
+
+    def connect() -> None:
+        with suppress(OSError), socket.create_connection(address, PATIENCE):
+            answered.set()
+
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(PATIENCE + 1)
+    return answered.is_set()
+
+
+def _read_number(path: Path) -> int:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return -1
