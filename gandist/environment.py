@@ -15,13 +15,13 @@ import gandist
 from gandist.distributed import World
 from gandist.launcher import read_job
 
-PACKAGES = ("torch", "torchvision", "webdataset", "deepspeed", "wandb", "numpy")
+PACKAGES = ("torchvision", "webdataset", "deepspeed", "wandb", "numpy")
 
 
 def describe_start(world: World) -> dict[str, Any]:
     """Time, command, processes, device, versions, revision of the code, and Slurm's job."""
     job = read_job()
-    versions = {"gandist": gandist.__version__, "python": platform.python_version()}
+    versions = {"gandist": gandist.__version__, "python": platform.python_version(), "torch": torch.__version__}
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": _command(world),

@@ -4,7 +4,8 @@ import copy
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 PEAK = {  # FLOP/s of dense bfloat16 matrix products, as the data sheets have them
     "H200": 989e12,
@@ -25,12 +26,23 @@ def count_flops(module: nn.Module, *inputs: torch.Tensor, backward: bool = False
     A copy of the module computes, in evaluation mode.
     """
     shadow = copy.deepcopy(module).eval()
-    counter = FlopCounterMode(display=False)
-    with counter, torch.set_grad_enabled(backward):
+    with _Counter() as counter, torch.set_grad_enabled(backward):
         found = shadow(*inputs)
         if backward:
             found[0].backward()
-    return counter.get_total_flops()
+    return counter.flops
+
+
+class _Counter(TorchDispatchMode):
+    """As torch's FlopCounterMode, which cannot be entered around a gradient that is part of the loss."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if formula := flop_registry.get(function.overloadpacket):
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

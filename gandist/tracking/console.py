@@ -12,6 +12,7 @@ from gandist.tracking.meter import Scalars
 from gandist.tracking.tracker import Tracker
 
 HEADER_EVERY = 20  # rows
+UNITS = ("img/s", "GiB")
 
 
 class Console(Tracker):
@@ -34,7 +35,9 @@ class Console(Tracker):
     def scalars(self, progress: dict, values: Scalars) -> None:
         cells = self._cells(progress["kimg"], values)
         if self.bar is None:
-            print(" | ".join(f"{name} {text}" for name, text in cells.items()), flush=True)
+            print(
+                " | ".join(f"{text} {name}" if name in UNITS else f"{name} {text}" for name, text in cells.items()), flush=True
+            )
             return
         if self.rows % HEADER_EVERY == 0:
             self.bar.write("  ".join(f"{name:>{len(text)}}" for name, text in cells.items()))

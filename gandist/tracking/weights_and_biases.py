@@ -135,7 +135,7 @@ class WeightsAndBiases(Tracker):
             mode = os.environ.get("WANDB_MODE") or ("online" if self._has_key() else "offline")
         if mode != "online":
             return mode
-        url = self._wandb.Settings().base_url
+        url = self._wandb.setup().settings.base_url
         if not _reachable(url):
             print(f"warning: W&B's server {url} cannot be reached; the run is kept offline", flush=True)
             return "offline"
