@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -28,7 +29,7 @@ SAVED, LOGGED, EVALUATED = 0.256, 0.064, 0.64  # kimg; a step is 0.064
 PATIENCE = 30.0  # s in which ranks that live must notice the death of one
 
 
-def options(run_dir: Path, cache: Path, kimg: float) -> list[str]:
+def options(run_dir: Path, cache: Path, kimg: float, overrides: Sequence[str] = ()) -> list[str]:
     settings = {
         "run_dir": run_dir,
         "data.cache_dir": cache,
@@ -44,7 +45,7 @@ def options(run_dir: Path, cache: Path, kimg: float) -> list[str]:
         "evaluation.metrics": "[accuracy,fd_classifier]",
         "evaluation.num_images": 500,
     }
-    return [f"{key}={value}" for key, value in settings.items()]
+    return [*(f"{key}={value}" for key, value in settings.items()), *overrides]
 
 
 def phase(run_dir: Path, began: float) -> str:
@@ -176,7 +177,8 @@ def main() -> None:
     parser.add_argument("--node-losses", type=int, default=2, help="of one of two nodes of a job (default: 2)")
     parser.add_argument("--kimg", type=float, default=6.4, help="length of a run; it is begun anew when done (default: 6.4)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    arguments = parser.parse_args()
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the runs, as checkpoint.asynchronous=true")
+    arguments = parser.parse_intermixed_args()
     moments = random.Random(arguments.seed)
     print(header(), flush=True)
 
@@ -184,7 +186,7 @@ def main() -> None:
         folder = Path(temporary)
 
         def to_the_end(run_dir: Path, *special: str) -> None:
-            settings = [*options(run_dir, folder / "cache", arguments.kimg), *special]
+            settings = [*options(run_dir, folder / "cache", arguments.kimg, arguments.overrides), *special]
             ranks = start_ranks(RANKS, lambda rank: (quietly, settings))
             for rank in ranks:
                 rank.join()
@@ -195,7 +197,9 @@ def main() -> None:
         restarted = []
         for number in range(arguments.restarts):
             run_dir = folder / f"restarted-{number}"
-            restarted.append(restart(options(run_dir, folder / "cache", arguments.kimg), run_dir, number % RANKS))
+            restarted.append(
+                restart(options(run_dir, folder / "cache", arguments.kimg, arguments.overrides), run_dir, number % RANKS)
+            )
             assert equal(weights(run_dir), expected), f"{run_dir.name} ended with other weights"
         if restarted:
             times = f"{min(restarted):.0f} to {max(restarted):.0f} s each, start included"
@@ -208,14 +212,14 @@ def main() -> None:
             if not number:
                 to_the_end(folder / "straight-float64", double)
             run_dir = folder / f"one-node-left-{number}"
-            seconds = lose_a_node([*options(run_dir, folder / "cache", arguments.kimg), double], run_dir)
+            seconds = lose_a_node([*options(run_dir, folder / "cache", arguments.kimg, arguments.overrides), double], run_dir)
             assert distance(weights(run_dir), weights(folder / "straight-float64")) < 1e-9, f"{run_dir.name} has other weights"
             print(f"a node of two lost: the other went on alone to the same weights, {seconds:.0f} s from there", flush=True)
         runs, kills, lost, took = 1, Counter(), [], []
         run_dir = folder / "killed-1"
         while sum(kills.values()) < arguments.kills + arguments.launcher_kills:
             run_dir = folder / f"killed-{runs}"
-            settings = options(run_dir, folder / "cache", arguments.kimg)
+            settings = options(run_dir, folder / "cache", arguments.kimg, arguments.overrides)
             if kills["launcher"] < arguments.launcher_kills and moments.random() < 0.05:
                 result = kill_launcher(run_dir, settings, moments.uniform(0, 1))
             else:

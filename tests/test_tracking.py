@@ -114,6 +114,19 @@ def test_a_killed_run_repeats_no_points(tmp_path: Path, cache_dir: Path) -> None
     assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == list(range(1, last + 41))
 
 
+def test_what_was_kept_offline_can_be_sent(run_twice: Path, monkeypatch) -> None:
+    with Server() as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        parts = sorted(map(str, run_twice.glob("wandb/offline-run-*")))
+        result = run_command("wandb", "sync", *parts)
+        assert result.returncode == 0, result.stdout + result.stderr
+    (sent,) = server.runs.values()
+    rows = [sent.rows[number] for number in sorted(sent.rows)]
+    assert [row["step"] for row in rows if "loss/generator" in row] == [2, 4, 6, 8, 10, 12, 14, 16]
+    assert sent.exit_code == 0
+
+
 def wait_for(condition, process: subprocess.Popen, seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -129,7 +142,8 @@ def test_wandb_online_and_again(tmp_path: Path, cache_dir: Path, monkeypatch) ->
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
         for length in ("train.kimg=0.512", "train.kimg=1.024"):
-            options = arguments(run_dir, cache_dir, "tracking.wandb=online", "evaluation.metrics=[]", length)
+            online = ["tracking.wandb=online", "tracking.wandb_checkpoints=true", "evaluation.metrics=[]"]
+            options = arguments(run_dir, cache_dir, *online, length)
             result = run_command(sys.executable, "-m", "gandist.train", *options)
             assert result.returncode == 0, result.stderr
             assert "warning" not in result.stdout
@@ -139,6 +153,9 @@ def test_wandb_online_and_again(tmp_path: Path, cache_dir: Path, monkeypatch) ->
     assert [row["step"] for row in rows if "loss/generator" in row] == [2, 4, 6, 8, 10, 12, 14, 16]
     assert [row["_step"] for row in rows] == sorted({row["_step"] for row in rows})
     assert any("samples/generated" in name for name in server.uploads)
+    sent_checkpoints = [each for each in server.artifacts if each["artifactTypeName"] == "checkpoint"]
+    aliases = [{alias["alias"] for alias in each["aliases"]} for each in sent_checkpoints]
+    assert aliases == [{"latest", "newest", "step-00000008"}, {"latest", "newest", "step-00000016"}]
 
 
 def test_a_server_that_goes_away(tmp_path: Path, cache_dir: Path, monkeypatch) -> None:

@@ -28,8 +28,8 @@ class Server:
     def __init__(self) -> None:
         self.runs: dict[str, SentRun] = defaultdict(SentRun)
         self.uploads: list[str] = []
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_state": self}))
-        self._http.daemon_threads = True
+        self.artifacts: list[dict[str, Any]] = []
+        self._http = _Quiet(("127.0.0.1", 0), type("Handler", (_Handler,), {"server_state": self}))
         self.url = f"http://127.0.0.1:{self._http.server_port}"
 
     def __enter__(self) -> "Server":
@@ -67,6 +67,14 @@ class Server:
             known = self.runs.get(name)
             bucket = known and known.created and self._resumable(name, known)
             return {"model": {"id": "p", "name": "gandist", "entity": {"id": "e", "name": "me"}, "bucket": bucket or None}}
+        if "query ArtifactType(" in text:
+            return {"project": {"artifact": None}}
+        if "createArtifact(" in text:
+            self.artifacts.append(variables["input"])
+            artifact = {"id": "a", "state": "COMMITTED", "artifactSequence": {"id": "s", "latestArtifact": None}}
+            return {"createArtifact": {"artifact": artifact}}
+        if "useArtifact(" in text:
+            return {"useArtifact": {"artifact": {"id": "a"}}}
         if "createRunFiles" in text:
             files = [{"name": file, "uploadUrl": f"{self.url}/upload/{file}"} for file in variables.get("files", [])]
             return {"createRunFiles": {"runID": name, "uploadHeaders": [], "files": files}}
@@ -85,6 +93,13 @@ class Server:
         described = {"name": name, "displayName": name, "config": run.config, "tags": [], "summaryMetrics": "{}"}
         tails = {"historyTail": json.dumps(tail), "eventsTail": "[]", "wandbConfig": json.dumps({"t": 1})}
         return described | counts | tails
+
+
+class _Quiet(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: object) -> None:
+        """A client that hangs up is none."""
 
 
 class _Handler(BaseHTTPRequestHandler):
