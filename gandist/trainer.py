@@ -28,7 +28,7 @@ from gandist.preemption import Stopped, StopRequest
 from gandist.preview import Preview
 from gandist.profiling import StepProfiler
 from gandist.randomness import Purpose, StepRandomness
-from gandist.tracking import Meter, Tracker, open_trackers
+from gandist.tracking import Meter, Scalars, Tracker, open_trackers
 from gandist.watchdog import Watchdog
 
 AFTER_EXCHANGES = 5.0  # s by which the watchdog waits longer than an exchange does, which knows better what is wrong
@@ -154,11 +154,11 @@ class Trainer:
                 stopping = stop.agreed()
                 self.evaluation_pending = bool(config.evaluation.metrics) and self._due(config.evaluation.every_kimg)
                 saving = stopping or self._checkpoint_due()
-                logging = saving or self._due(config.tracking.every_kimg)
+                drawing = self._due(config.tracking.samples_every_kimg)
+                logging = saving or drawing or self._due(config.tracking.every_kimg)
+                drawn = self._draw_samples(trackers) if drawing else {}
                 if logging:
-                    self._log(trackers)
-                if self._due(config.tracking.samples_every_kimg):
-                    self._draw_samples(trackers)
+                    self._log(trackers, drawn)
             if self.evaluation_pending and not stopping:
                 stopping = not self._evaluate(trackers, stop)
                 saving |= stopping
@@ -348,9 +348,9 @@ class Trainer:
         self.interval_images = self.images
         self.data_wait = 0.0
 
-    def _log(self, trackers: list[Tracker]) -> None:
+    def _log(self, trackers: list[Tracker], drawn: Scalars) -> None:
         self.saver.check()
-        values = self._report_guards() | self.meter.read() | self._report_skipped()
+        values = self._report_guards() | self.meter.read() | self._report_skipped() | drawn
         seconds = time.perf_counter() - self.interval_start
         rate = (self.images - self.interval_images) / seconds
         values |= {
@@ -396,11 +396,14 @@ class Trainer:
             )
         return {"data/skipped": self.total_skipped}
 
-    def _draw_samples(self, trackers: list[Tracker]) -> None:
-        if trackers:
-            samples = self.preview.draw(self.ema.module, self.discriminator.network)
+    def _draw_samples(self, trackers: list[Tracker]) -> Scalars:
+        """What is to be logged of them."""
+        if not trackers:
+            return {}
+        samples = self.preview.draw(self.ema.module, self.discriminator.network)
         for tracker in trackers:
             tracker.samples(self.progress, samples)
+        return {} if samples.diversity is None else {"health/diversity": samples.diversity}
 
     def _evaluate(self, trackers: list[Tracker], stop: StopRequest) -> bool:
         """False where a request to stop came first."""

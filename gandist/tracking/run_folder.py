@@ -48,8 +48,6 @@ class RunFolder(Tracker):
 
     def samples(self, progress: dict, samples: Samples) -> None:
         samples.grid.save(self.run_dir / SAMPLES / f"step-{progress['step']:08d}.png")
-        if samples.diversity is not None:
-            self._append(EVALUATIONS, {"metric": "health/diversity", **progress, "value": samples.diversity})
 
     def _append(self, name: str, row: dict[str, Any]) -> None:
         with (self.run_dir / name).open("a") as file:

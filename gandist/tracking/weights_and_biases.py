@@ -31,6 +31,7 @@ class WeightsAndBiases(Tracker):
     """
 
     def __init__(self, config: Config, start: dict[str, Any], step: int):
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # which holds up the exit where the network swallows it
         import wandb
 
         self._wandb = wandb
@@ -56,9 +57,7 @@ class WeightsAndBiases(Tracker):
             "config": config.model_dump(mode="json") | {"start": start},
             "settings": wandb.Settings(silent=True, console="off", init_timeout=10, finish_timeout=patience),
         }
-        self._run = self._open(self._mode())
-        if self._run is None:
-            return
+        self._run = self._open()
         if self._run.offline and tracking.wandb != "offline":
             print(f"W&B: offline; `wandb sync {config.run_dir}/wandb/offline-run-*` sends the run later", flush=True)
         elif not self._run.offline:
@@ -91,8 +90,7 @@ class WeightsAndBiases(Tracker):
     def samples(self, progress: dict, samples: Samples) -> None:
         def row() -> dict[str, Any]:
             histograms = {f"logits/{kind}_histogram": self._wandb.Histogram(each) for kind, each in samples.logits.items()}
-            diversity = {} if samples.diversity is None else {"health/diversity": samples.diversity}
-            return {"samples/generated": self._wandb.Image(samples.grid)} | histograms | diversity
+            return {"samples/generated": self._wandb.Image(samples.grid)} | histograms
 
         self._log(progress, row)
 
@@ -130,23 +128,21 @@ class WeightsAndBiases(Tracker):
         self._run.log_artifact(artifact, aliases=[alias, path.name])
 
     def _mode(self) -> str:
+        """Whether to go online is found out without W&B, whose own attempts take long where nothing answers."""
         mode = self._config.tracking.wandb
         if mode == "auto":
-            mode = os.environ.get("WANDB_MODE") or ("online" if self._has_key() else "offline")
-        if mode != "online":
+            mode = os.environ.get("WANDB_MODE", "auto")
+        if mode not in ("auto", "online"):
             return mode
         url = self._wandb.setup().settings.base_url
         if not _reachable(url):
-            print(f"warning: W&B's server {url} cannot be reached; the run is kept offline", flush=True)
+            print(f"W&B: {url} cannot be reached; the run is kept offline", flush=True)
             return "offline"
-        return mode
+        return "online" if mode == "online" or self._wandb.login(prompt=False, verify=False) else "offline"
 
-    def _has_key(self) -> bool:
-        return bool(self._wandb.login(prompt=False, verify=False))
-
-    def _open(self, mode: str) -> Any:
+    def _open(self) -> Any:
         try:
-            return self._wandb.init(mode=mode, **self._options)
+            return self._wandb.init(mode=self._mode(), **self._options)
         except self._wandb.Error as error:
             print(f"warning: W&B cannot be used online ({' '.join(str(error).split())}); the run is kept offline", flush=True)
             self._wandb.teardown()  # the failed attempt still holds the run's id
