@@ -16,7 +16,8 @@ from gandist.data import Dataset, open_dataset
 from gandist.data.files import ImageFiles
 from gandist.distributed import World, join_world, run
 from gandist.errors import CheckpointError, ConfigError
-from gandist.evaluation.evaluator import MOMENTS, Comparison, Evaluation, Evaluator, Record, Sharing, full_float32
+from gandist.evaluation.comparison import MOMENTS, Comparison, Sharing, full_float32
+from gandist.evaluation.evaluator import Evaluation, Evaluator, Record
 from gandist.evaluation.features import EXTRACTORS, open_extractor
 from gandist.evaluation.metrics import METRICS, Metric
 from gandist.evaluation.reference import RealStatistics, save_reference

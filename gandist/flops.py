@@ -7,6 +7,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from gandist.config import Config
+from gandist.objective import DiscriminatorObjective, GeneratorObjective
+
 PEAK = {  # FLOP/s of dense bfloat16 matrix products, as the data sheets have them
     "H200": 989e12,
     "H100": 989e12,
@@ -31,6 +34,27 @@ def count_flops(module: nn.Module, *inputs: torch.Tensor, backward: bool = False
         if backward:
             found[0].backward()
     return counter.flops
+
+
+def count_run(
+    config: Config,
+    discriminating: DiscriminatorObjective,
+    generating: GeneratorObjective,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> dict[str, int]:
+    """Of one image: a forward pass of either network, and all of training for each real image ("update")."""
+    latents = torch.zeros(1, config.model.latent_dim, device=device, dtype=dtype)
+    labels = torch.zeros(1, dtype=torch.int64, device=device)
+    images = torch.zeros(1, config.data.channels, config.data.resolution, config.data.resolution, device=device, dtype=dtype)
+    mixing = [latents[:, 0]] if config.loss.wgan_gp_lambda else []
+    flops = {
+        "generator": count_flops(generating.network, latents, labels),
+        "discriminator": count_flops(discriminating.network, images, labels),
+    }
+    discriminator_update = count_flops(discriminating, images, labels, images, labels, *mixing, backward=True)
+    generator_update = count_flops(generating, latents, labels, backward=True) // config.train.discriminator_updates
+    return flops | {"update": flops["generator"] + discriminator_update + generator_update}
 
 
 class _Counter(TorchDispatchMode):

@@ -1,6 +1,5 @@
 """Builds a run in order, and the loop."""
 
-import math
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,13 +20,14 @@ from gandist.engine import build_player, choose_compile, choose_precision, compi
 from gandist.environment import describe_start
 from gandist.errors import ConfigError, DataError, TrainingError
 from gandist.evaluation.evaluator import Evaluator
-from gandist.flops import count_flops, peak_flops
+from gandist.flops import count_run, peak_flops
 from gandist.models import build_discriminator, build_generator, recompute_activations
 from gandist.objective import DiscriminatorObjective, GeneratorObjective
 from gandist.preemption import Stopped, StopRequest
 from gandist.preview import Preview
 from gandist.profiling import StepProfiler
 from gandist.randomness import Purpose, StepRandomness
+from gandist.summary import describe, summarize
 from gandist.tracking import Meter, Scalars, Tracker, open_trackers
 from gandist.watchdog import Watchdog
 
@@ -86,7 +86,7 @@ class Trainer:
         terms = {"class_weight": config.classification.weight, "autocast": self.precision.autocast}
         discriminating = DiscriminatorObjective(discriminator, config.loss, **terms)
         generating = GeneratorObjective(generator, discriminator, config.loss, **terms)
-        self.flops = self._count_flops(discriminating, generating) if world.is_main else {}
+        self.flops = count_run(config, discriminating, generating, world.device, self.precision.dtype) if world.is_main else {}
         self.generate = generating.generate
         self.compiled = choose_compile(config.train, world.device)
         if self.compiled:
@@ -123,7 +123,7 @@ class Trainer:
 
     def train(self) -> None:
         """Trains from where the run stands to its end, or until asked to stop. Saves in either case."""
-        start = {"step": self.step, **describe_start(self.world), **self._summary()}
+        start = {"step": self.step, **describe_start(self.world), **self._summarize()}
         trackers = open_trackers(self.config, start, self.world, step=self.step)
         self.preview = Preview(self.config, self.train_set, self.world, self.precision.dtype) if trackers else None
         for tracker in trackers:
@@ -242,60 +242,12 @@ class Trainer:
 
     def describe(self) -> str:
         """What is about to run, for the console."""
-        config = self.config
-        summary = self._summary()
-        networks = [
-            f"{name} {each['parameters']:,} parameters"
-            + (f" and {each['flops'] / 1e6:,.1f} MFLOP an image" if "flops" in each else "")
-            for name, each in summary["networks"].items()
-        ]
-        data = summary["data"]
-        steps = math.ceil(config.train.kimg * 1000 / self.images_per_step)
-        return (
-            f"{config.run_dir}: {self.world.size} rank(s) on {self.world.device.type}, {self.precision.name}"
-            + (", compiled" if self.compiled else "")
-            + (f", DeepSpeed with ZeRO stage {config.stage}" if config.engine == "deepspeed" else "")
-            + "\n"
-            f"data: {data['train']:,} images of {config.data.num_classes or 'no'} classes"
-            f" in {len(self.train_set.shards.shards)} shards"
-            + (f"; {data['test']:,} held out" if data["test"] else "")
-            + f"\nnetworks: {config.model.family}, "
-            + ", ".join(networks)
-            + "\n"
-            f"plan: {config.train.kimg:g} kimg in {steps:,} steps of {config.train.batch_size} images"
-            + (f", {self.flops['update'] * config.train.kimg / 1e9:,.3g} TFLOP" if self.flops else "")
-        )
+        manner = self.precision.name + (", compiled" if self.compiled else "")
+        return describe(self.config, self.world, self._summarize(), manner, shards=len(self.train_set.shards.shards))
 
-    def _summary(self) -> dict:
-        """Of data and networks, for the console and the run folder."""
-        test_set = self.evaluator.test_set
-        networks = {}
-        for player in (self.generator, self.discriminator):
-            networks[player.name] = {"parameters": sum(p.numel() for p in player.network.parameters())}
-            if self.flops:
-                networks[player.name]["flops"] = self.flops[player.name]
-        counts = {"train": len(self.train_set), "test": len(test_set) if test_set else 0}
-        return {
-            "class_names": self.train_set.class_names,
-            "data": counts | {"class_counts": self.train_set.class_counts.tolist()},
-            "networks": networks,
-        }
-
-    def _count_flops(self, discriminating: DiscriminatorObjective, generating: GeneratorObjective) -> dict[str, int]:
-        """Of one image: a forward pass of either network, and all of training for each real image ("update")."""
-        config, device, dtype = self.config, self.world.device, self.precision.dtype
-        latents = torch.zeros(1, config.model.latent_dim, device=device, dtype=dtype)
-        labels = torch.zeros(1, dtype=torch.int64, device=device)
-        shape = 1, config.data.channels, config.data.resolution, config.data.resolution
-        images = torch.rand(shape, device=device, dtype=dtype)
-        batch = images, labels, images.flip(-1), labels, *([latents[:, 0]] if config.loss.wgan_gp_lambda else [])
-        flops = {
-            "generator": count_flops(generating.network, latents, labels),
-            "discriminator": count_flops(discriminating.network, images, labels),
-        }
-        updates = count_flops(discriminating, *batch, backward=True) + flops["generator"]
-        generator_update = count_flops(generating, latents, labels, backward=True)
-        return flops | {"update": updates + generator_update // config.train.discriminator_updates}
+    def _summarize(self) -> dict:
+        networks = {player.name: player.network for player in (self.generator, self.discriminator)}
+        return summarize(self.train_set, self.evaluator.test_set, networks, self.flops)
 
     def _open_profiler(self) -> StepProfiler:
         steps = self.config.train.profile if self.world.is_main else 0

@@ -48,15 +48,17 @@ class RealStatistics:
         self.batch_size = batch_size
         self.share = share
         self.world = world
-        self._known: dict[tuple, Statistics] = {}
+        self._known: dict[tuple, dict[frozenset[str], Statistics]] = {}
 
     def measure(self, images: Images, what: str, extractor: Extractor, parts: frozenset[str], limit: int | None) -> Statistics:
         """parts: fields of Statistics; limit: so many of the images at most. Every rank calls it equally often; only rank 0's
         answer counts."""
-        key = (id(images), extractor.name, parts, limit)
-        if key not in self._known:
-            self._known[key] = self._find(images, what, extractor, parts, limit)
-        return self._known[key]
+        known = self._known.setdefault((id(images), extractor.name, limit), {})
+        for measured, statistics in known.items():
+            if parts <= measured:
+                return statistics
+        known[parts] = self._find(images, what, extractor, parts, limit)
+        return known[parts]
 
     def _find(self, images: Images, what: str, extractor: Extractor, parts: frozenset[str], limit: int | None) -> Statistics:
         count = min(len(images), limit or len(images))
