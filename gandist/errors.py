@@ -26,3 +26,7 @@ class CheckpointError(GandistError):
 
 class TrainingError(GandistError):
     """A run that cannot go on."""
+
+
+class ReportError(GandistError):
+    """A report that cannot be made."""
