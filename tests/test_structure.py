@@ -94,6 +94,10 @@ ROWS = [
     "gandist.trainer",
     "gandist.train",
     "gandist.evaluate",
+    "gandist.report",
+    "gandist.report.runs",
+    "gandist.report.page",
+    "gandist.report.__main__",
 ]
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
