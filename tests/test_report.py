@@ -22,7 +22,7 @@ from tests.ranks import run_command
 CHROMIUM = shutil.which("chromium")
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="without Debian's chromium")
 PHONE, DESK = 390, 1400
-CLASSES = ["cat", "<b>dog</b> & co", "</script><script>alert(1)</script>"]
+CLASSES = ["cat", "<b>dog</b> &", "</script><script>alert(1)</script>"]
 
 
 def rows(path: Path, *content: dict) -> None:
@@ -184,7 +184,7 @@ def test_values_and_classes_are_told_in_full(browser: Browser, reports) -> None:
         assert page.locator(".confusion .hm image").count() == 1
         counts = page.eval_on_selector_all(".confusion .heatmap-label", "texts => texts.map(text => text.textContent)")
         assert sorted(counts) == sorted(map(str, [8, 0, 0, 0, 5, 5, 0, 1, 1]))
-        assert "<b>dog</b> & co" in page.eval_on_selector_all(
+        assert "<b>dog</b> &" in page.eval_on_selector_all(
             ".confusion .ytick text", "texts => texts.map(text => text.textContent)"
         )
         text = page.inner_text("body")

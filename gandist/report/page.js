@@ -3,13 +3,14 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const smoothing = document.getElementById("smoothing");
 const log = document.getElementById("log");
 const moment = document.getElementById("moment");
-const LONGEST_LABEL = 24;
+const LONGEST_NAME = 24; // of a run, in legends
+const LONGEST_CLASS = 14;
 const MOST_COUNTED = 20; // classes up to which the confusion matrix shows its counts
 
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 // Plotly reads a little HTML in texts.
 const escaped = (text) => text.replace(/[&<>]/g, (sign) => ({"&": "&amp;", "<": "&lt;", ">": "&gt;"})[sign]);
-const clipped = (text) => (text.length > LONGEST_LABEL ? text.slice(0, LONGEST_LABEL - 1) + "…" : text);
+const clipped = (text, longest) => escaped(text.length > longest ? text.slice(0, longest - 1) + "…" : text);
 
 function draw(div, traces, layout) {
   const axis = {gridcolor: color("line"), zerolinecolor: color("line"), linecolor: color("line")};
@@ -44,7 +45,7 @@ function drawCurve(div) {
     const curve = curves[div.dataset.metric];
     if (!curve) return [];
     const trace = {
-      x: curve[x], y: smoothed(curve.value, weight), name: escaped(clipped(data.runs[run])), connectgaps: true,
+      x: curve[x], y: smoothed(curve.value, weight), name: clipped(data.runs[run], LONGEST_NAME), connectgaps: true,
       mode: curve.spread || curve.value.length < 3 ? "lines+markers" : "lines",
       line: {color: color(`run-${run % 8}`), width: 2},
     };
@@ -64,7 +65,7 @@ function drawCurve(div) {
 
 function drawConfusion(div) {
   const counts = data.confusion[div.dataset.run];
-  const names = data.classes[div.dataset.run].map((name) => escaped(clipped(name)));
+  const names = data.classes[div.dataset.run].map((name) => clipped(name, LONGEST_CLASS));
   const labels = names.map((name, index) => (names.indexOf(name) === names.lastIndexOf(name) ? name : `${name} (${index})`));
   draw(div, [{
     type: "heatmap", x: labels, y: labels, text: counts,
