@@ -15,8 +15,10 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from gandist.config import load_config
 from gandist.errors import ReportError
+from gandist.report import runs
 from gandist.report.__main__ import main, write
 from gandist.report.runs import read_runs
+from gandist.tracking import run_folder
 from tests.ranks import run_command
 
 CHROMIUM = shutil.which("chromium")
@@ -148,6 +150,9 @@ def test_every_curve_is_drawn_and_follows_the_controls(browser: Browser, reports
         assert drawn[0] == [2.0, 0.5, 1.5, None, 1.0, 0.25, 0.75, 0.5]
         assert drawn[1][3] is None
         assert drawn[1][:2] == pytest.approx([2.0, (0.9 * 2.0 + 0.5) / 1.9])
+
+        rates = page.eval_on_selector('[data-metric="lr/generator"]', "plot => plot.layout.yaxis.range")
+        assert rates == [0, 0.002], "a constant curve can be read"
 
         page.check("input[value=hours]")
         axis = page.eval_on_selector(f'[data-metric="{loss}"]', "plot => [...plot.data[0].x]")
@@ -295,6 +300,7 @@ def test_many_and_large_pictures_are_thinned_out(run_dir: Path) -> None:
     assert len(steps) == 40
     assert (steps[0], steps[-1]) == (1, 200)
     assert {b - a for a, b in pairwise(steps)} == {5, 6}
+    assert [grid.kimg for grid in run.grids] == pytest.approx([step / 10 for step in steps]), "as well after the last metrics"
     assert run.grids[0].source.startswith("data:image/png;")
     assert run.grids[-1].source.startswith("data:image/jpeg;")
     main([str(run_dir)])
@@ -348,6 +354,11 @@ def test_a_report_replaces_the_one_before_only_when_whole(tmp_path: Path) -> Non
     assert [path.read_text() for path in tmp_path.iterdir()] == ["before"]
     with pytest.raises(ReportError, match="No such file or directory"):
         write(tmp_path / "missing" / "report.html", "")
+
+
+def test_names_are_those_that_training_writes() -> None:
+    for name in ("METRICS", "EVALUATIONS", "STARTS", "SAMPLES", "REAL"):
+        assert getattr(runs, name) == getattr(run_folder, name)
 
 
 def test_older_configurations_are_shown_as_they_are(run_dir: Path) -> None:

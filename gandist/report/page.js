@@ -22,7 +22,7 @@ function draw(div, traces, layout) {
     plot_bgcolor: "rgba(0,0,0,0)",
     font: {color: color("text"), size: 12},
     hoverlabel: {bgcolor: color("card"), bordercolor: color("line"), font: {color: color("text")}},
-    margin: {l: 44, r: 8, t: 8, b: 36},
+    margin: {l: 58, r: 8, t: 8, b: 36},
   }, {responsive: true, displaylogo: false});
 }
 
@@ -38,11 +38,17 @@ function smoothed(values, weight) {
   });
 }
 
+/** From 0 on, where all values are one, around which Plotly shows ±1 however small it is; else as Plotly likes. */
+function rangeOf(values) {
+  const [value, ...others] = new Set(values.filter((each) => each !== null));
+  return value && !others.length && !log.checked ? [0, 2 * value] : undefined;
+}
+
 function drawCurve(div) {
   const x = document.querySelector("input[name=x]:checked").value;
   const weight = div.dataset.series === "curves" ? Number(smoothing.value) : 0;
-  const traces = data[div.dataset.series].flatMap((curves, run) => {
-    const curve = curves[div.dataset.metric];
+  const curves = data[div.dataset.series].map((ofRun) => ofRun[div.dataset.metric]);
+  const traces = curves.flatMap((curve, run) => {
     if (!curve) return [];
     const trace = {
       x: curve[x], y: smoothed(curve.value, weight), name: clipped(data.runs[run], LONGEST_NAME), connectgaps: true,
@@ -55,7 +61,7 @@ function drawCurve(div) {
   });
   draw(div, traces, {
     xaxis: {title: {text: x}},
-    yaxis: {type: log.checked ? "log" : "linear"},
+    yaxis: {type: log.checked ? "log" : "linear", range: rangeOf(curves.flatMap((curve) => curve?.value ?? []))},
     hovermode: "x unified",
     showlegend: data.runs.length > 1,
     legend: {orientation: "h", y: 1.02, yanchor: "bottom", x: 0},

@@ -149,8 +149,7 @@ class Run:
         if len(files) > MOST_GRIDS:
             files = [files[round(index)] for index in np.linspace(0, len(files) - 1, MOST_GRIDS)]
         steps = [int(path.stem[5:]) for path in files]
-        kimgs = [self._at("step", step, [row["kimg"] for row in self.metrics]) for step in steps]
-        return [Grid(_data_url(path), step, kimg) for path, step, kimg in zip(files, steps, kimgs, strict=True)]
+        return [Grid(_data_url(path), step, self._kimg(step)) for path, step in zip(files, steps, strict=True)]
 
     @cached_property
     def real(self) -> str | None:
@@ -163,6 +162,12 @@ class Run:
 
     def _newest(self, metric: str) -> Row | None:
         return next((row for row in reversed(self.evaluations) if row["metric"] == metric), None)
+
+    def _kimg(self, step: int) -> float:
+        """When a step was; after the last row of the metrics, at the mean pace until there."""
+        last = self.metrics[-1]
+        later = max(0, step - last["step"]) * last["kimg"] / last["step"]
+        return self._at("step", step, [row["kimg"] for row in self.metrics]) + later
 
     def _at(self, key: str, value: float, of: list[float]) -> float:
         """What a column of the metrics, `of`, was when the column `key` was `value`."""
