@@ -108,7 +108,7 @@ def test_a_killed_run_repeats_no_points(tmp_path: Path, cache_dir: Path) -> None
     process.kill()
     process.wait()
     last = int((run_dir / "wandb_step").read_text())
-    ended = run_command(*command, *options, f"train.kimg={(last + 10) * 0.064}")
+    ended = run_command(*command, *options, f"train.kimg={(last + 10) * 0.064:.3f}")
     assert ended.returncode == 0, ended.stderr
     steps = [row["step"] for part in offline_parts(run_dir) for row in part.rows if "loss/generator" in row]
     assert len(steps) == len(set(steps))
@@ -211,6 +211,7 @@ def test_wandb_that_breaks_does_not_end_the_run(tmp_path: Path, cache_dir: Path)
 
 def _train_with_a_broken_wandb(run_dir: Path, cache_dir: Path) -> None:
     import wandb
+
     from gandist.train import main
 
     def broken(self: object, *given: object, **options: object) -> None:

@@ -26,7 +26,7 @@ class RunFolder(Tracker):
     def __init__(self, run_dir: Path, step: int, start: dict[str, Any]):
         self.run_dir = run_dir
         (run_dir / SAMPLES).mkdir(parents=True, exist_ok=True)
-        for name in (METRICS, EVALUATIONS):
+        for name in (METRICS, EVALUATIONS, STARTS):
             _keep_until(run_dir / name, step)
         self._append(STARTS, start)
 
