@@ -217,7 +217,9 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_leaves_no_process_behind(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", labelled([jpeg(256, 256)] * 4000, [0, 1] * 2000, "jpg"))
+    first = write_tar(tmp_path / "0.tar", labelled([jpeg(256, 256)] * 4000, [0, 1] * 2000, "jpg"))
+    for number in range(1, 10):  # enough not to end before it is stopped
+        (tmp_path / f"{number}.tar").hardlink_to(first)
     command = [sys.executable, "-m", "gandist.data.check", str(tmp_path), "--workers=2"]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         parent = psutil.Process(process.pid)

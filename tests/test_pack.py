@@ -385,7 +385,7 @@ def test_damaged_images_are_named(photos: Path, tmp_path: Path) -> None:
 def test_a_stopped_pack_goes_on(tmp_path: Path, stop: signal.Signals) -> None:
     for number in range(300):
         save(colour(number, (200, 200)), tmp_path / "photos" / f"{number % 3}" / f"{number}.jpg")
-    arguments = "--resolution", "128", "--shard-size", "2"
+    arguments = "--resolution", "512", "--shard-size", "2"  # large, so that it does not end before it is stopped
     command = "folder", tmp_path / "photos", tmp_path / "a" / "out", *arguments
     process = subprocess.Popen(
         [sys.executable, "-m", "gandist.data.pack", *map(str, command), "--workers", "2"],

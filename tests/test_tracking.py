@@ -121,7 +121,7 @@ def test_what_was_kept_offline_can_be_sent(run_twice: Path, monkeypatch) -> None
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
         parts = sorted(map(str, run_twice.glob("wandb/offline-run-*")))
-        result = run_command("wandb", "sync", *parts)
+        result = run_command(sys.executable, "-m", "wandb", "sync", *parts)
         assert result.returncode == 0, result.stdout + result.stderr
     (sent,) = server.runs.values()
     rows = [sent.rows[number] for number in sorted(sent.rows)]
