@@ -79,16 +79,18 @@ class ModelConfig(Section):
     latent_dim: Count = 64
     generator_width: Count = 16  # channels at full resolution; doubled each time the resolution halves
     discriminator_width: Count = 24
-    conditioning: Literal["projection", "auxiliary", "none"] = "projection"  # how the discriminator uses the labels
+    conditioning: Literal["projection", "auxiliary", "contrastive", "d2d_ce", "none"] = "projection"  # of the discriminator
 
 
 class LossConfig(Section):
     """The adversarial game."""
 
-    adversarial: Literal["hinge", "non_saturating", "wasserstein"] = "hinge"
+    adversarial: Literal["hinge", "non_saturating", "saturating", "least_squares", "wasserstein", "relativistic"] = "hinge"
     r1_gamma: NotNegative = 0.0  # weight of the R1 gradient penalty, on real images; 0: none
     r2_gamma: NotNegative = 0.0  # of R2, the same on generated images
     wgan_gp_lambda: NotNegative = 0.0  # of WGAN-GP's gradient penalty, on images between real and generated ones
+    conditioning_weight: NotNegative = 1.0  # of comparing images with each other, with model.conditioning=contrastive or d2d_ce
+    temperature: Positive = 0.5  # of these comparisons
 
     @property
     def has_penalty(self) -> bool:
@@ -99,6 +101,7 @@ class ClassificationConfig(Section):
     """The class head."""
 
     weight: NotNegative = 1.0  # of its cross-entropy in the losses
+    detach: bool = False  # whether the rest of the discriminator learns nothing from it
 
 
 class OptimizerConfig(Section):
@@ -291,6 +294,24 @@ class Config(Section):
             raise ValueError(
                 f"evaluation.metrics has {', '.join(sorted(classified))}, which need classes: leave them out with "
                 "data.num_classes=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _class_head_is_not_needed_elsewhere(self) -> "Config":
+        if self.classification.detach and self.model.conditioning == "auxiliary":
+            raise ValueError(
+                "classification.detach=true and model.conditioning=auxiliary exclude each other: the generator learns "
+                "its classes from the class head alone; choose another conditioning"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_have_classes(self) -> "Config":
+        if self.loss.adversarial == "relativistic" and self.data.num_classes and self.data.unlabelled == "allow":
+            raise ValueError(
+                "loss.adversarial=relativistic pairs each real image with a generated one of its class: it cannot be used with "
+                "data.unlabelled=allow"
             )
         return self
 

@@ -47,7 +47,8 @@ def test_all_mistakes_are_shown_at_once(tmp_path: Path) -> None:
         "train.batch_sise: unknown key, did you mean 'train.batch_size'?",
         "train.kimg: a number is wanted, not true or false",
         "modle: unknown key, did you mean 'model'?",
-        "loss.adversarial: 'hing' is not one of hinge, non_saturating, wasserstein; did you mean 'hinge'?",
+        "loss.adversarial: 'hing' is not one of hinge, non_saturating, saturating, least_squares, wasserstein, relativistic; "
+        "did you mean 'hinge'?",
         "data.num_workers: Input should be greater than or equal to 0 (got -1)",
         "kimg: unknown key, did you mean 'train.kimg'?",
         "seed: Input should be a valid integer",

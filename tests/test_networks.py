@@ -145,10 +145,14 @@ def test_adversarial_losses_are_their_formulas() -> None:
         "hinge": (np.maximum(0, 1 - r).mean() + np.maximum(0, 1 + f).mean(), -f.mean()),
         "wasserstein": (f.mean() - r.mean(), -f.mean()),
         "non_saturating": (-np.log(sigmoid(r)).mean() - np.log(1 - sigmoid(f)).mean(), -np.log(sigmoid(f)).mean()),
+        "saturating": (-np.log(sigmoid(r)).mean() - np.log(1 - sigmoid(f)).mean(), np.log(1 - sigmoid(f)).mean()),
+        "least_squares": (((r - 1) ** 2).mean() / 2 + (f**2).mean() / 2, ((f - 1) ** 2).mean() / 2),
+        "relativistic": (-np.log(sigmoid(r - f)).mean(), -np.log(sigmoid(f - r)).mean()),
     }
     assert expected.keys() == ADVERSARIAL_LOSSES.keys()
     for name, loss in ADVERSARIAL_LOSSES.items():
-        values = loss.discriminator(real, fake).item(), loss.generator(fake).item()
+        judged = (fake, real) if loss.paired else (fake,)
+        values = loss.discriminator(real, fake).item(), loss.generator(*judged).item()
         assert values == pytest.approx(expected[name], rel=1e-12)
 
 

@@ -4,13 +4,27 @@ from torch import nn
 
 from gandist.config import DataConfig, ModelConfig
 from gandist.models.dcgan import DCGANGenerator, DCGANTrunk
-from gandist.models.heads import AuxiliaryClassifierHead, Discriminator, DiscriminatorOutput, ProjectionHead, UnconditionalHead
+from gandist.models.heads import (
+    AuxiliaryClassifierHead,
+    ContrastiveHead,
+    D2DCEHead,
+    Discriminator,
+    DiscriminatorOutput,
+    ProjectionHead,
+    UnconditionalHead,
+)
 
 __all__ = ["Discriminator", "DiscriminatorOutput", "build_discriminator", "build_generator", "recompute_activations"]
 from gandist.models.layers import Block
 
 FAMILIES = {"dcgan": (DCGANGenerator, DCGANTrunk)}
-HEADS = {"projection": ProjectionHead, "auxiliary": AuxiliaryClassifierHead, "none": UnconditionalHead}
+HEADS = {
+    "projection": ProjectionHead,
+    "auxiliary": AuxiliaryClassifierHead,
+    "contrastive": ContrastiveHead,
+    "d2d_ce": D2DCEHead,
+    "none": UnconditionalHead,
+}
 
 
 def build_generator(model: ModelConfig, data: DataConfig) -> nn.Module:

@@ -56,8 +56,7 @@ class SyncBatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
-        alone = not dist.is_initialized() or dist.get_world_size() == 1
-        output, mean, var = self._normalize_alone(input) if alone else self._normalize_together(input)
+        output, mean, var = self._normalize_alone(input) if rank_and_size()[1] == 1 else self._normalize_together(input)
         if not _recomputing.get():
             self._track(mean, var)
         return output
@@ -108,6 +107,18 @@ class _SumOverRanks(torch.autograd.Function):
 
 def _mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return _SumOverRanks.apply(tensor) / dist.get_world_size()
+
+
+def rank_and_size() -> tuple[int, int]:
+    """Of the process group, if there is one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """[B, …] of each rank → [world_size · B, …] of all, in their order, differentiable twice."""
+    rank, size = rank_and_size()
+    nothing = torch.zeros_like(tensor)
+    return _SumOverRanks.apply(torch.cat([tensor if other == rank else nothing for other in range(size)]))
 
 
 class ConditionalBatchNorm(nn.Module):
