@@ -1,35 +1,49 @@
 """The networks by name. A new family or head is one file or class, and one entry here."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 from torch import nn
 
 from gandist.config import DataConfig, ModelConfig
 from gandist.models.dcgan import DCGANGenerator, DCGANTrunk
-from gandist.models.heads import AuxiliaryClassifierHead, Discriminator, DiscriminatorOutput, ProjectionHead, UnconditionalHead
-
-__all__ = ["Discriminator", "DiscriminatorOutput", "build_discriminator", "build_generator", "recompute_activations"]
+from gandist.models.heads import (
+    AuxiliaryClassifierHead,
+    Discriminator,
+    DiscriminatorOutput,
+    ProjectionHead,
+    UnconditionalHead,
+)
 from gandist.models.layers import Block
 
-FAMILIES = {"dcgan": (DCGANGenerator, DCGANTrunk)}
+__all__ = ["Discriminator", "DiscriminatorOutput", "build_discriminator", "build_generator", "recompute_activations"]
+
+
+class Family(NamedTuple):
+    """Networks are built of (ModelConfig, DataConfig). A trunk has `features`, how many it gives, and `layer`, what it makes
+    of a head's layers."""
+
+    generator: Callable[[ModelConfig, DataConfig], nn.Module]
+    trunk: Callable[[ModelConfig, DataConfig], nn.Module]
+
+
+FAMILIES = {
+    "dcgan": Family(DCGANGenerator, DCGANTrunk),
+}
 HEADS = {"projection": ProjectionHead, "auxiliary": AuxiliaryClassifierHead, "none": UnconditionalHead}
 
 
 def build_generator(model: ModelConfig, data: DataConfig) -> nn.Module:
     """A module latents [B, Z], labels int64 [B] → images [B, C, H, W] in [-1, 1]. Raises ConfigError."""
-    generator, _ = FAMILIES[model.family]
-    return generator(
-        latent_dim=model.latent_dim,
-        num_classes=data.num_classes,
-        resolution=data.resolution,
-        channels=data.channels,
-        width=model.generator_width,
-    )
+    return FAMILIES[model.family].generator(model, data)
 
 
 def build_discriminator(model: ModelConfig, data: DataConfig) -> Discriminator:
     """A module images [B, C, H, W] in [-1, 1], labels int64 [B] → DiscriminatorOutput. Raises ConfigError."""
-    _, trunk_of_family = FAMILIES[model.family]
-    trunk = trunk_of_family(resolution=data.resolution, channels=data.channels, width=model.discriminator_width)
-    return Discriminator(trunk, HEADS[model.conditioning](trunk.features, data.num_classes))
+    family = FAMILIES[model.family]
+    trunk = family.trunk(model, data)
+    head = HEADS[model.conditioning]
+    return Discriminator(trunk, head(trunk.features, data.num_classes, trunk.layer))
 
 
 def recompute_activations(network: nn.Module) -> None:

@@ -1,7 +1,8 @@
 """What the discriminator says of an image: trunk features → adversarial logit and class logits.
 
 One head a conditioning method. `guides_generator` tells whether the generator, too, is trained to be classified rightly;
-where the adversarial logit itself knows the label, it need not be.
+where the adversarial logit itself knows the label, it need not be. Each is built of the number of features, the number of
+classes, and what the family makes of a layer.
 """
 
 from typing import NamedTuple
@@ -9,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from gandist.models.spectral_norm import spectral_norm
+from gandist.models.layers import Layer
 
 
 class DiscriminatorOutput(NamedTuple):
@@ -23,10 +24,10 @@ class ProjectionHead(nn.Module):
 
     guides_generator = False
 
-    def __init__(self, features: int, num_classes: int):
+    def __init__(self, features: int, num_classes: int, layer: Layer):
         super().__init__()
-        self.adversarial = spectral_norm(nn.Linear(features, 1))
-        self.embedding = spectral_norm(nn.Embedding(num_classes, features))
+        self.adversarial = layer(nn.Linear(features, 1))
+        self.embedding = layer(nn.Embedding(num_classes, features))
         self.classifier = nn.Linear(features, num_classes)
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,9 +41,9 @@ class UnconditionalHead(nn.Module):
 
     guides_generator = False
 
-    def __init__(self, features: int, num_classes: int):
+    def __init__(self, features: int, num_classes: int, layer: Layer):
         super().__init__()
-        self.adversarial = spectral_norm(nn.Linear(features, 1))
+        self.adversarial = layer(nn.Linear(features, 1))
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """features [B, F], labels int64 [B] (unused) → logits [B], class_logits [B, 0]"""
@@ -56,9 +57,9 @@ class AuxiliaryClassifierHead(nn.Module):
 
     guides_generator = True
 
-    def __init__(self, features: int, num_classes: int):
+    def __init__(self, features: int, num_classes: int, layer: Layer):
         super().__init__()
-        self.adversarial = spectral_norm(nn.Linear(features, 1))
+        self.adversarial = layer(nn.Linear(features, 1))
         self.classifier = nn.Linear(features, num_classes)
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,5 +1,6 @@
 """Blocks that network families share."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
+
+Layer = Callable[[nn.Module], nn.Module]  # a new convolution, linear layer or embedding → the same, initialized and normalized
 
 _recomputing = ContextVar("recomputing", default=False)
 
