@@ -1,34 +1,47 @@
 """The networks by name. A new family or head is one file or class, and one entry here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from torch import nn
 
 from gandist.config import DataConfig, ModelConfig
+from gandist.models.biggan import BigGANGenerator, BigGANTrunk
 from gandist.models.dcgan import DCGANGenerator, DCGANTrunk
 from gandist.models.heads import (
     AuxiliaryClassifierHead,
     Discriminator,
     DiscriminatorOutput,
     ProjectionHead,
+    PureProjectionHead,
     UnconditionalHead,
 )
 from gandist.models.layers import Block
+from gandist.models.mlp import MLPGenerator, MLPTrunk
+from gandist.models.r3gan import R3GANGenerator, R3GANTrunk
+from gandist.models.resnet import ResNetGenerator, ResNetTrunk
 
 __all__ = ["Discriminator", "DiscriminatorOutput", "build_discriminator", "build_generator", "recompute_activations"]
 
 
 class Family(NamedTuple):
     """Networks are built of (ModelConfig, DataConfig). A trunk has `features`, how many it gives, and `layer`, what it makes
-    of a head's layers."""
+    of a head's layers.
+
+    heads: of its own, in place of those in HEADS
+    """
 
     generator: Callable[[ModelConfig, DataConfig], nn.Module]
     trunk: Callable[[ModelConfig, DataConfig], nn.Module]
+    heads: Mapping[str, type[nn.Module]] = {}
 
 
 FAMILIES = {
+    "mlp": Family(MLPGenerator, MLPTrunk),
     "dcgan": Family(DCGANGenerator, DCGANTrunk),
+    "resnet": Family(ResNetGenerator, ResNetTrunk),
+    "biggan": Family(BigGANGenerator, BigGANTrunk),
+    "r3gan": Family(R3GANGenerator, R3GANTrunk, {"projection": PureProjectionHead}),
 }
 HEADS = {"projection": ProjectionHead, "auxiliary": AuxiliaryClassifierHead, "none": UnconditionalHead}
 
@@ -42,7 +55,7 @@ def build_discriminator(model: ModelConfig, data: DataConfig) -> Discriminator:
     """A module images [B, C, H, W] in [-1, 1], labels int64 [B] → DiscriminatorOutput. Raises ConfigError."""
     family = FAMILIES[model.family]
     trunk = family.trunk(model, data)
-    head = HEADS[model.conditioning]
+    head = (HEADS | family.heads)[model.conditioning]
     return Discriminator(trunk, head(trunk.features, data.num_classes, trunk.layer))
 
 

@@ -36,6 +36,23 @@ class ProjectionHead(nn.Module):
         return self.adversarial(features).squeeze(1) + match, self.classifier(features)
 
 
+class PureProjectionHead(nn.Module):
+    """The logit is the match of image and label, and nothing else (R3GAN, Huang et al. 2024, 2501.05441)."""
+
+    guides_generator = False
+
+    def __init__(self, features: int, num_classes: int, layer: Layer):
+        super().__init__()
+        self.project = layer(nn.Linear(features, features, bias=False))
+        self.embedding = nn.Embedding(num_classes, features)
+        self.classifier = nn.Linear(features, num_classes)
+        nn.init.normal_(self.embedding.weight, std=(num_classes * features) ** -0.5)
+
+    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """features [B, F], labels int64 [B] → logits [B], class_logits [B, K]"""
+        return (self.embedding(labels) * self.project(features)).sum(1), self.classifier(features)
+
+
 class UnconditionalHead(nn.Module):
     """For data without classes: one logit, and class logits of no classes."""
 
