@@ -75,11 +75,21 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The two networks."""
 
-    family: Literal["dcgan"] = "dcgan"
+    family: Literal["mlp", "dcgan", "resnet", "biggan", "r3gan"] = "dcgan"
     latent_dim: Count = 64
-    generator_width: Count = 16  # channels at full resolution; doubled each time the resolution halves
+    generator_width: Count = 16  # channels at full resolution, of which those at the others are multiples; mlp: hidden units
     discriminator_width: Count = 24
+    widths: tuple[Count, ...] | None = None  # r3gan, both networks: channels from 4 pixels up; null: one width everywhere
+    group_size: Count = 16  # r3gan: channels of a group of the grouped convolutions
+    attention: tuple[Count, ...] = ()  # resnet, biggan: resolutions of feature maps that have self-attention
     conditioning: Literal["projection", "auxiliary", "contrastive", "d2d_ce", "none"] = "projection"  # of the discriminator
+
+    @model_validator(mode="after")
+    def _keys_fit_the_family(self) -> "ModelConfig":
+        for key, families in {"widths": ("r3gan",), "group_size": ("r3gan",), "attention": ("resnet", "biggan")}.items():
+            if getattr(self, key) != type(self).model_fields[key].default and self.family not in families:
+                raise ValueError(f"{key} is for family={' or '.join(families)}, not for {self.family}: leave it out")
+        return self
 
 
 class LossConfig(Section):
@@ -312,6 +322,15 @@ class Config(Section):
             raise ValueError(
                 "loss.adversarial=relativistic pairs each real image with a generated one of its class: it cannot be used with "
                 "data.unlabelled=allow"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _unlabelled_images_have_a_logit(self) -> "Config":
+        if self.data.unlabelled == "allow" and (self.model.family, self.model.conditioning) == ("r3gan", "projection"):
+            raise ValueError(
+                "data.unlabelled=allow: with model.family=r3gan and model.conditioning=projection the discriminator's logit is "
+                "the match of image and label alone: say model.conditioning=auxiliary, or data.unlabelled=refuse"
             )
         return self
 

@@ -1,6 +1,7 @@
 """What the discriminator says of an image: trunk features → adversarial logit, class logits, and an embedding.
 
-One head a conditioning method.
+One head a conditioning method. Each is built of the number of features, the number of classes, and what the family makes of a
+layer.
 """
 
 from typing import NamedTuple
@@ -9,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gandist.models.layers import gather_over_ranks, rank_and_size
-from gandist.models.spectral_norm import spectral_norm
+from gandist.models.layers import Layer, gather_over_ranks, rank_and_size
 
 EMBEDDING = 512  # features of what images are compared by, as ContraGAN and ReACGAN have them
 
@@ -33,9 +33,9 @@ class Head(nn.Module):
     contrast: str | None = None
     detached = False
 
-    def __init__(self, features: int, num_classes: int):
+    def __init__(self, features: int, num_classes: int, layer: Layer):
         super().__init__()
-        self.adversarial = spectral_norm(nn.Linear(features, 1))
+        self.adversarial = layer(nn.Linear(features, 1))
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """features [B, F], labels int64 [B], −1 for none → logits [B], class_logits [B, K], embedding [B, E]"""
@@ -54,14 +54,28 @@ class Head(nn.Module):
 class ProjectionHead(Head):
     """The logit has a term for the match of image and label (Miyato & Koyama 2018, 1802.05637)."""
 
-    def __init__(self, features: int, num_classes: int):
-        super().__init__(features, num_classes)
-        self.embedding = spectral_norm(nn.Embedding(num_classes, features))
+    def __init__(self, features: int, num_classes: int, layer: Layer):
+        super().__init__(features, num_classes, layer)
+        self.embedding = layer(nn.Embedding(num_classes, features))
         self.classifier = nn.Linear(features, num_classes)
 
     def judge(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         match = (self.embedding(labels.clamp(min=0)) * features).sum(1) * (labels >= 0)
         return super().judge(features, labels) + match
+
+
+class PureProjectionHead(Head):
+    """The logit is the match of image and label, and nothing else (R3GAN, Huang et al. 2024, 2501.05441)."""
+
+    def __init__(self, features: int, num_classes: int, layer: Layer):
+        nn.Module.__init__(self)
+        self.project = layer(nn.Linear(features, features, bias=False))
+        self.embedding = nn.Embedding(num_classes, features)
+        self.classifier = nn.Linear(features, num_classes)
+        nn.init.normal_(self.embedding.weight, std=(num_classes * features) ** -0.5)
+
+    def judge(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return (self.embedding(labels) * self.project(features)).sum(1)
 
 
 class UnconditionalHead(Head):
@@ -78,18 +92,18 @@ class AuxiliaryClassifierHead(Head):
 
     guides_generator = True
 
-    def __init__(self, features: int, num_classes: int):
-        super().__init__(features, num_classes)
+    def __init__(self, features: int, num_classes: int, layer: Layer):
+        super().__init__(features, num_classes, layer)
         self.classifier = nn.Linear(features, num_classes)
 
 
 class ComparingHead(Head):
     """Images are compared with each other and with a proxy of their class. The classifier is there for classification alone."""
 
-    def __init__(self, features: int, num_classes: int):
-        super().__init__(features, num_classes)
-        self.project = spectral_norm(nn.Linear(features, EMBEDDING))
-        self.proxies = spectral_norm(nn.Embedding(num_classes, EMBEDDING))
+    def __init__(self, features: int, num_classes: int, layer: Layer):
+        super().__init__(features, num_classes, layer)
+        self.project = layer(nn.Linear(features, EMBEDDING))
+        self.proxies = layer(nn.Embedding(num_classes, EMBEDDING))
         self.classifier = nn.Linear(features, num_classes)
 
     def embed(self, features: torch.Tensor) -> torch.Tensor:
