@@ -75,20 +75,32 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The two networks."""
 
-    family: Literal["dcgan"] = "dcgan"
+    family: Literal["mlp", "dcgan", "resnet", "biggan", "r3gan"] = "dcgan"
     latent_dim: Count = 64
-    generator_width: Count = 16  # channels at full resolution; doubled each time the resolution halves
+    generator_width: Count = 16  # channels at full resolution, of which those at the others are multiples; mlp: hidden units
     discriminator_width: Count = 24
-    conditioning: Literal["projection", "auxiliary", "none"] = "projection"  # how the discriminator uses the labels
+    widths: tuple[Count, ...] | None = None  # r3gan, both networks: channels from 4 pixels up; null: one width everywhere
+    group_size: Count = 16  # r3gan: channels of a group of the grouped convolutions
+    attention: tuple[Count, ...] = ()  # resnet, biggan: resolutions of feature maps that have self-attention
+    conditioning: Literal["projection", "auxiliary", "contrastive", "d2d_ce", "none"] = "projection"  # of the discriminator
+
+    @model_validator(mode="after")
+    def _keys_fit_the_family(self) -> "ModelConfig":
+        for key, families in {"widths": ("r3gan",), "group_size": ("r3gan",), "attention": ("resnet", "biggan")}.items():
+            if getattr(self, key) != type(self).model_fields[key].default and self.family not in families:
+                raise ValueError(f"{key} is for family={' or '.join(families)}, not for {self.family}: leave it out")
+        return self
 
 
 class LossConfig(Section):
     """The adversarial game."""
 
-    adversarial: Literal["hinge", "non_saturating", "wasserstein"] = "hinge"
+    adversarial: Literal["hinge", "non_saturating", "saturating", "least_squares", "wasserstein", "relativistic"] = "hinge"
     r1_gamma: NotNegative = 0.0  # weight of the R1 gradient penalty, on real images; 0: none
     r2_gamma: NotNegative = 0.0  # of R2, the same on generated images
     wgan_gp_lambda: NotNegative = 0.0  # of WGAN-GP's gradient penalty, on images between real and generated ones
+    conditioning_weight: NotNegative = 1.0  # of comparing images with each other, with model.conditioning=contrastive or d2d_ce
+    temperature: Positive = 0.5  # of these comparisons
 
     @property
     def has_penalty(self) -> bool:
@@ -99,6 +111,7 @@ class ClassificationConfig(Section):
     """The class head."""
 
     weight: NotNegative = 1.0  # of its cross-entropy in the losses
+    detach: bool = False  # whether the rest of the discriminator learns nothing from it
 
 
 class OptimizerConfig(Section):
@@ -291,6 +304,33 @@ class Config(Section):
             raise ValueError(
                 f"evaluation.metrics has {', '.join(sorted(classified))}, which need classes: leave them out with "
                 "data.num_classes=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _class_head_is_not_needed_elsewhere(self) -> "Config":
+        if self.classification.detach and self.model.conditioning == "auxiliary":
+            raise ValueError(
+                "classification.detach=true and model.conditioning=auxiliary exclude each other: the generator learns "
+                "its classes from the class head alone; choose another conditioning"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _pairs_have_classes(self) -> "Config":
+        if self.loss.adversarial == "relativistic" and self.data.num_classes and self.data.unlabelled == "allow":
+            raise ValueError(
+                "loss.adversarial=relativistic pairs each real image with a generated one of its class: it cannot be used with "
+                "data.unlabelled=allow"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _unlabelled_images_have_a_logit(self) -> "Config":
+        if self.data.unlabelled == "allow" and (self.model.family, self.model.conditioning) == ("r3gan", "projection"):
+            raise ValueError(
+                "data.unlabelled=allow: with model.family=r3gan and model.conditioning=projection the discriminator's logit is "
+                "the match of image and label alone: say model.conditioning=auxiliary, or data.unlabelled=refuse"
             )
         return self
 

@@ -52,8 +52,11 @@ def count_run(
         "generator": count_flops(generating.network, latents, labels),
         "discriminator": count_flops(discriminating.network, images, labels),
     }
+    discriminating.network.eval()  # the generator's objective holds it unregistered, so its copy's eval() would not reach it
     discriminator_update = count_flops(discriminating, images, labels, images, labels, *mixing, backward=True)
-    generator_update = count_flops(generating, latents, labels, backward=True) // config.train.discriminator_updates
+    beside = [images] if generating.adversarial.paired else []
+    generator_update = count_flops(generating, latents, labels, *beside, backward=True) // config.train.discriminator_updates
+    discriminating.network.train()
     return flops | {"update": flops["generator"] + discriminator_update + generator_update}
 
 

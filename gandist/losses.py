@@ -8,8 +8,11 @@ import torch.nn.functional as F
 
 
 class AdversarialLoss(NamedTuple):
+    """paired: each generated image is judged beside a real one of the same class, in the generator's update too"""
+
     discriminator: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # (real logits, fake logits) → []
-    generator: Callable[[torch.Tensor], torch.Tensor]  # fake logits → []
+    generator: Callable[..., torch.Tensor]  # fake logits → [], or if paired (fake logits, real logits) → []
+    paired: bool = False
 
 
 def hinge_discriminator(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
@@ -32,6 +35,31 @@ def non_saturating_generator(fake: torch.Tensor) -> torch.Tensor:
     return F.softplus(-fake).mean()
 
 
+def saturating_generator(fake: torch.Tensor) -> torch.Tensor:
+    """log(1 - D(G(z))), the minimax game as it stands (Goodfellow et al. 2014, 1406.2661, equation 1)."""
+    return -F.softplus(fake).mean()
+
+
+def least_squares_discriminator(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """½ (D(x) - 1)² + ½ D(G(z))² (Mao et al. 2017, 1611.04076, equation 9)."""
+    return ((real - 1).square().mean() + fake.square().mean()) / 2
+
+
+def least_squares_generator(fake: torch.Tensor) -> torch.Tensor:
+    """½ (D(G(z)) - 1)² (Mao et al. 2017, 1611.04076, equation 9)."""
+    return (fake - 1).square().mean() / 2
+
+
+def relativistic_discriminator(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """-log sigmoid(D(x) - D(G(z))) of pairs (Jolicoeur-Martineau 2019, 1807.00734; as R3GAN, Huang et al. 2024, 2501.05441)."""
+    return F.softplus(fake - real).mean()
+
+
+def relativistic_generator(fake: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """-log sigmoid(D(G(z)) - D(x)) of pairs, the non-saturating form."""
+    return F.softplus(real - fake).mean()
+
+
 def wasserstein_discriminator(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
     """The critic's estimate of minus the Wasserstein distance (Arjovsky et al. 2017, 1701.07875)."""
     return fake.mean() - real.mean()
@@ -40,5 +68,52 @@ def wasserstein_discriminator(real: torch.Tensor, fake: torch.Tensor) -> torch.T
 ADVERSARIAL_LOSSES = {
     "hinge": AdversarialLoss(hinge_discriminator, negative_logit_generator),
     "non_saturating": AdversarialLoss(logistic_discriminator, non_saturating_generator),
+    "saturating": AdversarialLoss(logistic_discriminator, saturating_generator),
+    "least_squares": AdversarialLoss(least_squares_discriminator, least_squares_generator),
     "wasserstein": AdversarialLoss(wasserstein_discriminator, negative_logit_generator),
+    "relativistic": AdversarialLoss(relativistic_discriminator, relativistic_generator, paired=True),
 }
+
+
+def conditional_contrastive(
+    embedding: torch.Tensor,
+    proxy: torch.Tensor,
+    labels: torch.Tensor,
+    others: torch.Tensor,
+    other_labels: torch.Tensor,
+    left_out: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """The 2C loss of each image, [B] (ContraGAN, Kang & Park 2020, 2006.12681, equation 8): nearer to the proxy of its class
+    and to images of it than to other images.
+
+    embedding, proxy: of length 1, [B, E]; others: embeddings of the global batch, [N, E]; left_out: bool [B, N], those that an
+    image is not compared with, itself among them
+    """
+    to_proxy = (embedding * proxy).sum(1, keepdim=True) / temperature
+    to_others = (embedding @ others.T / temperature).masked_fill(left_out, -torch.inf)
+    alike = labels[:, None] == other_labels
+    positive = torch.cat([to_proxy, to_others.masked_fill(~alike, -torch.inf)], 1).logsumexp(1)
+    return torch.cat([to_proxy, to_others], 1).logsumexp(1) - positive
+
+
+def data_to_data_cross_entropy(
+    embedding: torch.Tensor,
+    proxy: torch.Tensor,
+    labels: torch.Tensor,
+    others: torch.Tensor,
+    other_labels: torch.Tensor,
+    left_out: torch.Tensor,
+    temperature: float,
+    positive_margin: float = 0.98,
+    negative_margin: float = -0.02,
+) -> torch.Tensor:
+    """The D2D-CE loss of each image, [B] (ReACGAN, Kang et al. 2021, 2111.01118, equation 6): as `conditional_contrastive`, but
+    images of the same class leave each other alone, and what is near or far enough counts no further."""
+    to_proxy = ((embedding * proxy).sum(1, keepdim=True) - positive_margin).clamp(max=0) / temperature
+    to_others = (embedding @ others.T - negative_margin).clamp(min=0) / temperature
+    alike = labels[:, None] == other_labels
+    return torch.cat([to_proxy, to_others.masked_fill(alike | left_out, -torch.inf)], 1).logsumexp(1) - to_proxy.squeeze(1)
+
+
+CONTRASTS = {"contrastive": conditional_contrastive, "d2d_ce": data_to_data_cross_entropy}

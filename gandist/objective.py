@@ -11,8 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from gandist.config import LossConfig
 from gandist.errors import ConfigError
-from gandist.losses import ADVERSARIAL_LOSSES
+from gandist.losses import ADVERSARIAL_LOSSES, CONTRASTS
 from gandist.models import Discriminator
+from gandist.models.heads import Head
 from gandist.penalties import input_gradient, interpolate, one_centered, zero_centered
 
 Statistics = dict[str, torch.Tensor]  # names → scalars on the device, without gradient
@@ -25,26 +26,45 @@ class Penalty(NamedTuple):
     function: Callable[[torch.Tensor], torch.Tensor]  # of the images' gradients [B, C, H, W] → []
 
 
+class Contrast(NamedTuple):
+    """Of images with each other."""
+
+    weight: float
+    temperature: float
+
+
 class Verdict(NamedTuple):
     """What the discriminator says of some images."""
 
     logits: torch.Tensor  # [B]
     class_logits: torch.Tensor  # [B, K]
+    embedding: torch.Tensor  # [B, E]
     gradient: torch.Tensor | None = None  # of the logits with respect to the images, [B, C, H, W]
 
 
 class DiscriminatorObjective(nn.Module):
     """Tells real from made, and the classes of the real ones.
 
-    class_weight: of the cross-entropy of the class head on real images
+    class_weight:      of the cross-entropy of the class head on real images
+    detach_class_head: whether only the class head itself learns from it
     Raises ConfigError where a gradient penalty meets a discriminator with batch norm.
     """
 
-    def __init__(self, discriminator: Discriminator, loss: LossConfig, *, class_weight: float, autocast: Autocast):
+    def __init__(
+        self,
+        discriminator: Discriminator,
+        loss: LossConfig,
+        *,
+        class_weight: float,
+        autocast: Autocast,
+        detach_class_head: bool = False,
+    ):
         super().__init__()
         self.network = discriminator
         self.adversarial = ADVERSARIAL_LOSSES[loss.adversarial]
         self.class_weight = class_weight
+        discriminator.head.detached = detach_class_head
+        self.contrast = Contrast(loss.conditioning_weight, loss.temperature) if discriminator.head.contrast else None
         self.autocast = autocast
         penalties = {
             "real": Penalty("r1", loss.r1_gamma, zero_centered),
@@ -88,6 +108,10 @@ class DiscriminatorObjective(nn.Module):
             statistics["loss/classification"] = classification
             statistics["classification/train_top1"] = (class_logits.argmax(1) == real_labels).to(loss.dtype).mean()
             statistics["classification/labelled"] = (real_labels >= 0).to(loss.dtype).mean()
+        if self.contrast:
+            conditioning = compare(self.network.head, verdicts["real"].embedding, real_labels, self.contrast.temperature)
+            loss = loss + self.contrast.weight * conditioning
+            statistics["loss/conditioning"] = conditioning
         for images, (name, weight, function) in self.penalties.items():
             penalty = function(verdicts[images].gradient)
             loss = loss + weight * penalty
@@ -105,8 +129,8 @@ class DiscriminatorObjective(nn.Module):
         def discriminate(images: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
             with self.autocast():
                 output = self.network(images, labels)
-            logits, class_logits = (each.to(images.dtype) for each in (output.logits, output.class_logits))
-            return logits, (logits, class_logits)
+            logits, *others = (each.to(images.dtype) for each in (output.logits, output.class_logits, output.embedding))
+            return logits, (logits, *others)
 
         if with_gradient:
             gradient, outputs = input_gradient(discriminate, images)
@@ -148,6 +172,7 @@ class GeneratorObjective(nn.Module):
         self._opponent = (discriminator,)
         self.adversarial = ADVERSARIAL_LOSSES[loss.adversarial]
         self.class_weight = class_weight if discriminator.head.guides_generator else 0.0
+        self.contrast = Contrast(loss.conditioning_weight, loss.temperature) if discriminator.head.contrast else None
         self.autocast = autocast
 
     def generate(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -155,17 +180,36 @@ class GeneratorObjective(nn.Module):
         with self.autocast():
             return self.network(latents, labels).to(latents.dtype)
 
-    def forward(self, latents: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, Statistics]:
-        """latents [B, Z], labels int64 [B] → the loss [] and statistics."""
+    def forward(
+        self, latents: torch.Tensor, labels: torch.Tensor, real: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, Statistics]:
+        """latents [B, Z], labels int64 [B]; real: images of these labels [B, C, H, W], for a paired loss → the loss [] and
+        statistics."""
         (discriminator,) = self._opponent
         fake = self.generate(latents, labels)
         with self.autocast():
             output = discriminator(fake, labels)
-        adversarial = self.adversarial.generator(output.logits.to(fake.dtype))
+        judged = [output.logits.to(fake.dtype)]
+        if self.adversarial.paired:
+            with torch.no_grad(), self.autocast():
+                judged.append(discriminator(real, labels).logits.to(fake.dtype))
+        adversarial = self.adversarial.generator(*judged)
         loss = adversarial
         statistics = {"loss/generator": adversarial}
         if self.class_weight:
             classification = F.cross_entropy(output.class_logits.to(fake.dtype), labels)
             loss = loss + self.class_weight * classification
             statistics["loss/generator_classification"] = classification
+        if self.contrast:
+            conditioning = compare(discriminator.head, output.embedding.to(fake.dtype), labels, self.contrast.temperature)
+            loss = loss + self.contrast.weight * conditioning
+            statistics["loss/generator_conditioning"] = conditioning
         return loss, {name: value.detach() for name, value in statistics.items()}
+
+
+def compare(head: Head, embedding: torch.Tensor, labels: torch.Tensor, temperature: float) -> torch.Tensor:
+    """The mean over these images of how each compares with those of the global batch, []; unlabelled ones are left out."""
+    losses = CONTRASTS[head.contrast](
+        embedding, head.proxies_of(labels), labels, *head.others(embedding, labels), temperature=temperature
+    )
+    return torch.where(labels >= 0, losses, 0).sum() / len(labels)

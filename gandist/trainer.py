@@ -39,7 +39,7 @@ class Trainer:
     """One run, on one rank. Its state is `step`, `images`, `evaluation_pending` and the tensors of `state_dict`; all
     else follows from these.
 
-    images:             real images shown to the discriminator so far, which is also the position in the data
+    images:             real images shown to the discriminator so far
     evaluation_pending: whether this step is yet to be evaluated: a stop may come in the midst of it
     """
 
@@ -84,9 +84,11 @@ class Trainer:
 
         # Give each its objective.
         terms = {"class_weight": config.classification.weight, "autocast": self.precision.autocast}
-        discriminating = DiscriminatorObjective(discriminator, config.loss, **terms)
+        detach = config.classification.detach
+        discriminating = DiscriminatorObjective(discriminator, config.loss, detach_class_head=detach, **terms)
         generating = GeneratorObjective(generator, discriminator, config.loss, **terms)
         self.flops = count_run(config, discriminating, generating, world.device, self.precision.dtype) if world.is_main else {}
+        self.paired = generating.adversarial.paired
         self.generate = generating.generate
         self.compiled = choose_compile(config.train, world.device)
         if self.compiled:
@@ -112,6 +114,12 @@ class Trainer:
     @property
     def progress(self) -> dict[str, float]:
         return {"step": self.step, "kimg": self.images / 1000}
+
+    @property
+    def position(self) -> int:
+        """In the data. A paired loss takes real images for the generator's updates as well."""
+        extra = self.images // self.config.train.discriminator_updates if self.paired else 0
+        return self.images + extra
 
     @property
     def trained(self) -> bool:
@@ -175,14 +183,19 @@ class Trainer:
             real, real_labels = self._next_real(batches)
             with record_function("discriminator update"):
                 latents, labels = self._latents(Purpose.DISCRIMINATOR, update)
+                labels = real_labels if self.paired else labels
                 drawn = real, real_labels, latents, labels, *self._mixing(update)
                 micro_batches = zip(*(each.chunk(count) for each in drawn), strict=True)
                 inputs = ((x, y, self._fake(z, c), c, *mixing) for x, y, z, c, *mixing in micro_batches)
                 self.meter.update(self.discriminator.update(inputs, count, self.step + 1))
 
+        latents, labels = self._latents(Purpose.GENERATOR)
+        drawn = latents, labels
+        if self.paired:
+            real, real_labels = self._next_real(batches)
+            drawn = latents, real_labels, real
         with record_function("generator update"), frozen(self.discriminator.network):
-            latents, labels = self._latents(Purpose.GENERATOR)
-            inputs = zip(latents.chunk(count), labels.chunk(count), strict=True)
+            inputs = zip(*(each.chunk(count) for each in drawn), strict=True)
             self.meter.update(self.generator.update(inputs, count, self.step + 1))
 
         self.ema.update(self.images_per_step)
@@ -255,7 +268,7 @@ class Trainer:
 
     def _open_batches(self) -> Iterator[DeviceBatch]:
         batch_size = self.config.train.batch_size
-        return self.train_set.training_batches(seed=self.config.seed, batch_size=batch_size, start=self.images)
+        return self.train_set.training_batches(seed=self.config.seed, batch_size=batch_size, start=self.position)
 
     def _next_real(self, batches: Iterator[DeviceBatch]) -> tuple[torch.Tensor, torch.Tensor]:
         """Images [B / world_size, C, H, W] in [-1, 1] and their labels, on the device."""

@@ -47,7 +47,8 @@ def test_all_mistakes_are_shown_at_once(tmp_path: Path) -> None:
         "train.batch_sise: unknown key, did you mean 'train.batch_size'?",
         "train.kimg: a number is wanted, not true or false",
         "modle: unknown key, did you mean 'model'?",
-        "loss.adversarial: 'hing' is not one of hinge, non_saturating, wasserstein; did you mean 'hinge'?",
+        "loss.adversarial: 'hing' is not one of hinge, non_saturating, saturating, least_squares, wasserstein, relativistic; "
+        "did you mean 'hinge'?",
         "data.num_workers: Input should be greater than or equal to 0 (got -1)",
         "kimg: unknown key, did you mean 'train.kimg'?",
         "seed: Input should be a valid integer",
@@ -66,6 +67,13 @@ def test_all_mistakes_are_shown_at_once(tmp_path: Path) -> None:
         ("train: 3", "a section is wanted here"),
         ("train: {batch_size: 10, accumulation: 3}", "accumulation=3 does not divide batch_size=10"),
         ("data: {test: null}", "accuracy, which need data.test"),
+        ("model: {attention: [16]}", "attention is for family=resnet or biggan, not for dcgan: leave it out"),
+        ("model: {family: biggan, widths: [8, 8]}", "widths is for family=r3gan, not for biggan: leave it out"),
+        ("model: {group_size: 32}", "group_size is for family=r3gan, not for dcgan"),
+        (
+            "{model: {family: r3gan}, data: {unlabelled: allow}}",
+            "the match of image and label alone: say model.conditioning=aux",
+        ),
         ("data: {train: a.tar}", "data.test is the built-in digits but data.train is not"),
         ("data: {train: a.tar, test: b.tar}", "fd_classifier, gan_test, whose judge knows only the built-in digits"),
         ("data: {train: 5}", r"1 mistake\(s\)\n  data.train: a text, or a list of texts, is wanted \(got 5\)"),

@@ -14,7 +14,7 @@ from gandist.engine import build_player, choose_precision, compile_objective
 from gandist.errors import ConfigError
 from gandist.models import Discriminator, build_discriminator, build_generator, recompute_activations
 from gandist.models.layers import SyncBatchNorm
-from gandist.objective import DiscriminatorObjective, GeneratorObjective
+from gandist.objective import DiscriminatorObjective, GeneratorObjective, compare
 from tests.ranks import run_ranks
 
 BATCH_SIZE = 12
@@ -168,3 +168,90 @@ def test_recomputed_activations_are_not_kept_and_change_nothing() -> None:
     recomputed, gradients = kept_bytes(recompute=True)
     assert recomputed < 0.6 * plain
     assert distance(gradients, expected) < 1e-14
+
+
+TEMPERATURE = 0.4
+
+
+def plain_contrast(kind: str, embedding: torch.Tensor, proxies: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Equation 8 of ContraGAN, and 6 of ReACGAN, a sum at a time, over the labelled images."""
+    losses, known = [], [index for index, label in enumerate(labels.tolist()) if label >= 0]
+    for i in known:
+        proxy = embedding[i] @ proxies[labels[i]]
+        others = [j for j in known if j != i]
+        if kind == "contrastive":
+            alike = [torch.exp(embedding[i] @ embedding[j] / TEMPERATURE) for j in others if labels[j] == labels[i]]
+            every = [torch.exp(embedding[i] @ embedding[j] / TEMPERATURE) for j in others]
+            near = torch.exp(proxy / TEMPERATURE)
+            losses.append(-torch.log((near + sum(alike)) / (near + sum(every))))
+        else:
+            near = torch.exp(min(proxy - 0.98, torch.zeros(())) / TEMPERATURE)
+            unlike = [j for j in others if labels[j] != labels[i]]
+            far = [torch.exp(max(embedding[i] @ embedding[j] + 0.02, torch.zeros(())) / TEMPERATURE) for j in unlike]
+            losses.append(-torch.log(near / (near + sum(far))))
+    return sum(losses) / len(labels)
+
+
+def contrast_on_ranks(kind: str) -> tuple[dict[str, Gradients], Gradients]:
+    """Of a discriminator's and a generator's update."""
+    with join_world() as world:
+        found = []
+        for player, inputs in contrast_players(kind, world):
+            loss, _ = player.parallel(*(each[world.rank :: world.size] for each in inputs))
+            player.backward(loss)
+            found.append({name: p.grad.clone() for name, p in player.network.named_parameters() if p.grad is not None})
+        return tuple(found)
+
+
+def contrast_players(kind: str, world: World):
+    torch.manual_seed(0)
+    model = MODEL.model_copy(update={"conditioning": kind})
+    placement = {"dtype": torch.float64, "memory_format": torch.channels_last}
+    discriminator = build_discriminator(model, DATA).to(**placement)
+    generator = build_generator(model, DATA).to(**placement)
+    precision = choose_precision("float64", world.device)
+    loss = LossConfig(temperature=TEMPERATURE, conditioning_weight=0.7, r1_gamma=3.0)
+    terms = {"class_weight": CLASS_WEIGHT, "autocast": precision.autocast}
+    config = Config(loss=loss, model=model)
+    *inputs, _ = batch(torch.float64)
+    yield build_player("D", DiscriminatorObjective(discriminator, loss, **terms), config, world, precision, lr=1e-3), inputs
+    discriminator.requires_grad_(False)
+    latents = torch.randn(BATCH_SIZE, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    objective = GeneratorObjective(generator, discriminator, loss, **terms)
+    yield build_player("G", objective, config, world, precision, lr=1e-3), [latents, inputs[3]]
+
+
+@pytest.mark.parametrize("kind", ["contrastive", "d2d_ce"])
+def test_comparing_images_of_all_ranks(kind: str) -> None:
+    """The gradient does not shrink with the number of ranks; images are compared across them; the formula is the paper's."""
+    (alone,) = run_ranks(1, contrast_on_ranks, kind)
+    for world_size in (2, 4):
+        for found in run_ranks(world_size, contrast_on_ranks, kind):
+            for gradients, expected in zip(found, alone, strict=True):
+                assert distance(gradients, expected) < 1e-10
+    torch.manual_seed(0)
+    discriminator = build_discriminator(MODEL.model_copy(update={"conditioning": kind}), DATA).double()
+    real, labels, *_ = batch(torch.float64)
+    embedding = discriminator(real, labels).embedding
+    mine = compare(discriminator.head.eval(), embedding, labels, TEMPERATURE)
+    proxies = discriminator.head.proxies_of(torch.arange(5))
+    assert mine.item() == pytest.approx(plain_contrast(kind, embedding, proxies, labels).item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("conditioning", ["projection", "contrastive", "d2d_ce"])
+def test_a_detached_class_head_disturbs_nothing(conditioning: str) -> None:
+    def gradients(detach: bool, weight: float) -> Gradients:
+        torch.manual_seed(0)
+        network = build_discriminator(MODEL.model_copy(update={"conditioning": conditioning}), DATA).double()
+        autocast = choose_precision("float64", torch.device("cpu")).autocast
+        objective = DiscriminatorObjective(
+            network, LossConfig(), class_weight=weight, autocast=autocast, detach_class_head=detach
+        )
+        objective(*batch(torch.float64)[:4])[0].backward()
+        return {name: p.grad for name, p in network.named_parameters()}
+
+    alone, detached, attached = gradients(False, 0.0), gradients(True, 1.0), gradients(False, 1.0)
+    trunk = [name for name in alone if name.startswith("trunk.")]
+    assert distance({name: detached[name] for name in trunk}, {name: alone[name] for name in trunk}) == 0
+    assert distance({name: attached[name] for name in trunk}, {name: alone[name] for name in trunk}) > 1e-3
+    assert detached["head.classifier.weight"].abs().max() > 1e-3

@@ -81,6 +81,8 @@ def assert_same_run(a: Path, b: Path, tolerance: float) -> None:
 HEADS = {
     "projection": ("model.conditioning=projection", "loss.adversarial=hinge"),
     "auxiliary": ("model.conditioning=auxiliary", "loss.adversarial=non_saturating"),
+    "d2d_ce": ("model.conditioning=d2d_ce", "loss.adversarial=least_squares"),
+    "paired": ("model.conditioning=contrastive", "loss.adversarial=relativistic", "classification.detach=true"),
     "accumulated": ("train.accumulation=2", "train.discriminator_updates=2", f"train.kimg={2 * KIMG}"),
 }
 
@@ -105,6 +107,14 @@ def test_resume_is_exact(tmp_path: Path, cache_dir: Path) -> None:
     for world_size, length in ((2, 0.5), (1, 0.75), (4, 1)):
         train(one_life, cache_dir, world_size, f"train.kimg={KIMG * length}")
     assert_same_run(straight, one_life, 1e-9)
+
+
+def test_resume_is_exact_where_the_generator_takes_real_images_too(tmp_path: Path, cache_dir: Path) -> None:
+    paired = "loss.adversarial=relativistic"
+    train(tmp_path / "straight", cache_dir, 2, paired)
+    train(tmp_path / "resumed", cache_dir, 2, paired, f"train.kimg={KIMG / 2}")
+    train(tmp_path / "resumed", cache_dir, 2, paired)
+    assert_same_run(tmp_path / "straight", tmp_path / "resumed", 0)
 
 
 PENALIZED = (

@@ -1,35 +1,70 @@
 """The networks by name. A new family or head is one file or class, and one entry here."""
 
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
 from torch import nn
 
 from gandist.config import DataConfig, ModelConfig
+from gandist.models.biggan import BigGANGenerator, BigGANTrunk
 from gandist.models.dcgan import DCGANGenerator, DCGANTrunk
-from gandist.models.heads import AuxiliaryClassifierHead, Discriminator, DiscriminatorOutput, ProjectionHead, UnconditionalHead
+from gandist.models.heads import (
+    AuxiliaryClassifierHead,
+    ContrastiveHead,
+    D2DCEHead,
+    Discriminator,
+    DiscriminatorOutput,
+    ProjectionHead,
+    PureProjectionHead,
+    UnconditionalHead,
+)
+from gandist.models.layers import Block
+from gandist.models.mlp import MLPGenerator, MLPTrunk
+from gandist.models.r3gan import R3GANGenerator, R3GANTrunk
+from gandist.models.resnet import ResNetGenerator, ResNetTrunk
 
 __all__ = ["Discriminator", "DiscriminatorOutput", "build_discriminator", "build_generator", "recompute_activations"]
-from gandist.models.layers import Block
 
-FAMILIES = {"dcgan": (DCGANGenerator, DCGANTrunk)}
-HEADS = {"projection": ProjectionHead, "auxiliary": AuxiliaryClassifierHead, "none": UnconditionalHead}
+
+class Family(NamedTuple):
+    """Networks are built of (ModelConfig, DataConfig). A trunk has `features`, how many it gives, and `layer`, what it makes
+    of a head's layers.
+
+    heads: of its own, in place of those in HEADS
+    """
+
+    generator: Callable[[ModelConfig, DataConfig], nn.Module]
+    trunk: Callable[[ModelConfig, DataConfig], nn.Module]
+    heads: Mapping[str, type[nn.Module]] = {}
+
+
+FAMILIES = {
+    "mlp": Family(MLPGenerator, MLPTrunk),
+    "dcgan": Family(DCGANGenerator, DCGANTrunk),
+    "resnet": Family(ResNetGenerator, ResNetTrunk),
+    "biggan": Family(BigGANGenerator, BigGANTrunk),
+    "r3gan": Family(R3GANGenerator, R3GANTrunk, {"projection": PureProjectionHead}),
+}
+HEADS = {
+    "projection": ProjectionHead,
+    "auxiliary": AuxiliaryClassifierHead,
+    "contrastive": ContrastiveHead,
+    "d2d_ce": D2DCEHead,
+    "none": UnconditionalHead,
+}
 
 
 def build_generator(model: ModelConfig, data: DataConfig) -> nn.Module:
     """A module latents [B, Z], labels int64 [B] → images [B, C, H, W] in [-1, 1]. Raises ConfigError."""
-    generator, _ = FAMILIES[model.family]
-    return generator(
-        latent_dim=model.latent_dim,
-        num_classes=data.num_classes,
-        resolution=data.resolution,
-        channels=data.channels,
-        width=model.generator_width,
-    )
+    return FAMILIES[model.family].generator(model, data)
 
 
 def build_discriminator(model: ModelConfig, data: DataConfig) -> Discriminator:
     """A module images [B, C, H, W] in [-1, 1], labels int64 [B] → DiscriminatorOutput. Raises ConfigError."""
-    _, trunk_of_family = FAMILIES[model.family]
-    trunk = trunk_of_family(resolution=data.resolution, channels=data.channels, width=model.discriminator_width)
-    return Discriminator(trunk, HEADS[model.conditioning](trunk.features, data.num_classes))
+    family = FAMILIES[model.family]
+    trunk = family.trunk(model, data)
+    head = (HEADS | family.heads)[model.conditioning]
+    return Discriminator(trunk, head(trunk.features, data.num_classes, trunk.layer))
 
 
 def recompute_activations(network: nn.Module) -> None:

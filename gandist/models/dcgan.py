@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gandist.config import DataConfig, ModelConfig
 from gandist.errors import ConfigError
 from gandist.models.layers import Block, ConditionalBatchNorm
 from gandist.models.spectral_norm import spectral_norm
@@ -50,15 +51,13 @@ class DownBlock(Block):
 
 
 class DCGANGenerator(nn.Module):
-    """width: channels at full resolution, doubled at each halving."""
-
-    def __init__(self, *, latent_dim: int, num_classes: int, resolution: int, channels: int, width: int):
+    def __init__(self, model: ModelConfig, data: DataConfig):
         super().__init__()
-        widths = stage_widths(width, resolution)[::-1]
-        self.project = nn.Linear(latent_dim, widths[0] * SMALLEST**2, bias=False)
-        self.norm = ConditionalBatchNorm(widths[0], num_classes)
-        self.blocks = nn.ModuleList(UpBlock(before, after, num_classes) for before, after in pairwise(widths))
-        self.to_image = nn.Conv2d(widths[-1], channels, 3, padding=1)
+        widths = stage_widths(model.generator_width, data.resolution)[::-1]
+        self.project = nn.Linear(model.latent_dim, widths[0] * SMALLEST**2, bias=False)
+        self.norm = ConditionalBatchNorm(widths[0], data.num_classes)
+        self.blocks = nn.ModuleList(UpBlock(before, after, data.num_classes) for before, after in pairwise(widths))
+        self.to_image = nn.Conv2d(widths[-1], data.channels, 3, padding=1)
 
     def forward(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """latents [B, Z], labels int64 [B] → images [B, C, H, W] in [-1, 1]"""
@@ -70,12 +69,14 @@ class DCGANGenerator(nn.Module):
 
 
 class DCGANTrunk(nn.Module):
-    """Images → features, the sum over the last feature map. `features`: their number."""
+    """Images → features, the sum over the last feature map."""
 
-    def __init__(self, *, resolution: int, channels: int, width: int):
+    layer = staticmethod(spectral_norm)
+
+    def __init__(self, model: ModelConfig, data: DataConfig):
         super().__init__()
-        widths = stage_widths(width, resolution)
-        self.from_image = spectral_norm(nn.Conv2d(channels, widths[0], 3, padding=1))
+        widths = stage_widths(model.discriminator_width, data.resolution)
+        self.from_image = spectral_norm(nn.Conv2d(data.channels, widths[0], 3, padding=1))
         self.blocks = nn.ModuleList(DownBlock(before, after) for before, after in pairwise(widths))
         self.features = widths[-1]
 

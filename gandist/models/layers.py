@@ -1,5 +1,6 @@
 """Blocks that network families share."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 
@@ -9,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
+
+Layer = Callable[[nn.Module], nn.Module]  # a new convolution, linear layer or embedding → the same, initialized and normalized
 
 _recomputing = ContextVar("recomputing", default=False)
 
@@ -56,8 +59,7 @@ class SyncBatchNorm(_BatchNorm):
         if not self.training:
             return super().forward(input)
         self._check_input_dim(input)
-        alone = not dist.is_initialized() or dist.get_world_size() == 1
-        output, mean, var = self._normalize_alone(input) if alone else self._normalize_together(input)
+        output, mean, var = self._normalize_alone(input) if rank_and_size()[1] == 1 else self._normalize_together(input)
         if not _recomputing.get():
             self._track(mean, var)
         return output
@@ -110,6 +112,18 @@ def _mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return _SumOverRanks.apply(tensor) / dist.get_world_size()
 
 
+def rank_and_size() -> tuple[int, int]:
+    """Of the process group, if there is one."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def gather_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """[B, …] of each rank → [world_size · B, …] of all, in their order, differentiable twice."""
+    rank, size = rank_and_size()
+    nothing = torch.zeros_like(tensor)
+    return _SumOverRanks.apply(torch.cat([tensor if other == rank else nothing for other in range(size)]))
+
+
 class ConditionalBatchNorm(nn.Module):
     """Synchronized batch norm whose gain and bias belong to the class (Dumoulin et al. 2017, 1610.07629).
 
@@ -132,3 +146,34 @@ class ConditionalBatchNorm(nn.Module):
         gain = 1 + self.gain(labels)[:, :, None, None]
         bias = self.bias(labels)[:, :, None, None]
         return torch.addcmul(bias, self.norm(x), gain)
+
+
+class Upsample(nn.Module):
+    """Twice the resolution: zeros between the pixels, then the low-pass filter [1, 3, 3, 1] along both axes."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("kernel", 4 * _low_pass_filter(), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] → [B, C, 2H, 2W]"""
+        kernel = self.kernel.expand(x.size(1), -1, -1, -1)
+        return F.conv_transpose2d(x, kernel, stride=2, padding=1, groups=x.size(1))
+
+
+class Downsample(nn.Module):
+    """Half the resolution: the low-pass filter [1, 3, 3, 1] along both axes, then every second pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("kernel", _low_pass_filter(), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] → [B, C, H/2, W/2]"""
+        return F.conv2d(x, self.kernel.expand(x.size(1), -1, -1, -1), stride=2, padding=1, groups=x.size(1))
+
+
+def _low_pass_filter() -> torch.Tensor:
+    """[1, 1, 4, 4], of sum 1"""
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+    return torch.outer(taps, taps)[None, None]

@@ -1,0 +1,50 @@
+"""The fully connected networks that GANs began with (Goodfellow et al. 2014, 1406.2661), for images of any size.
+
+Two hidden layers of `model.generator_width` and `model.discriminator_width` units each, in tutorials 256.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gandist.config import DataConfig, ModelConfig
+
+SLOPE = 0.2  # of the leaky ReLUs
+
+
+class MLPGenerator(nn.Module):
+    def __init__(self, model: ModelConfig, data: DataConfig):
+        super().__init__()
+        width = model.generator_width
+        self.shape = (data.channels, data.resolution, data.resolution)
+        self.embedding = nn.Embedding(data.num_classes, model.latent_dim) if data.num_classes else None
+        self.hidden1 = nn.Linear(model.latent_dim * (2 if data.num_classes else 1), width)
+        self.hidden2 = nn.Linear(width, width)
+        self.to_image = nn.Linear(width, data.channels * data.resolution**2)
+
+    def forward(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """latents [B, Z], labels int64 [B] → images [B, C, H, W] in [-1, 1]"""
+        if self.embedding is not None:
+            latents = torch.cat([latents, self.embedding(labels)], 1)
+        x = F.relu(self.hidden2(F.relu(self.hidden1(latents))))
+        return torch.tanh(self.to_image(x)).unflatten(1, self.shape)
+
+
+class MLPTrunk(nn.Module):
+    def __init__(self, model: ModelConfig, data: DataConfig):
+        super().__init__()
+        self.features = model.discriminator_width
+        self.hidden1 = nn.Linear(data.channels * data.resolution**2, self.features)
+        self.hidden2 = nn.Linear(self.features, self.features)
+
+    @staticmethod
+    def layer(module: nn.Module) -> nn.Module:
+        """As torch makes it, but embeddings as small as the weights of a linear layer."""
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+        return module
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """images [B, C, H, W] in [-1, 1] → features [B, F]"""
+        x = F.leaky_relu(self.hidden1(images.flatten(1)), SLOPE)
+        return F.leaky_relu(self.hidden2(x), SLOPE)

@@ -1,0 +1,467 @@
+"""Every network family: sizes against the papers', what all must be able to do, and one formula of each written out."""
+
+import copy
+import math
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._subclasses import FakeTensorMode
+
+from gandist.config import Config, DataConfig, LossConfig, ModelConfig
+from gandist.engine import choose_precision
+from gandist.errors import ConfigError
+from gandist.flops import count_run
+from gandist.models import FAMILIES, build_discriminator, build_generator, recompute_activations
+from gandist.models.biggan import LinearlyConditionedBatchNorm
+from gandist.models.heads import PureProjectionHead
+from gandist.models.layers import Downsample, Upsample
+from gandist.models.residual import ResidualDownBlock, ResidualUpBlock, SelfAttention
+from gandist.models.spectral_norm import power_iteration
+from gandist.objective import DiscriminatorObjective, GeneratorObjective
+
+CPU = torch.device("cpu")
+CLASSES = 5
+BATCH_SIZE = 4
+SMALL = {  # of each family: the resolution, and what is small
+    "mlp": (10, {"generator_width": 16, "discriminator_width": 16}),
+    "dcgan": (16, {"generator_width": 4, "discriminator_width": 4}),
+    "resnet": (32, {"generator_width": 8, "discriminator_width": 8, "attention": (16,)}),
+    "biggan": (32, {"generator_width": 2, "discriminator_width": 2, "attention": (8,)}),
+    "r3gan": (16, {"widths": (8, 8, 4), "group_size": 4}),
+}
+OTHERS = {  # resolutions
+    "mlp": [3],
+    "dcgan": [8, 64],
+    "resnet": [64, 128],
+    "biggan": [64, 128, 256, 512],
+    "r3gan": [8, 64],
+}
+CONDITIONING = ["projection", "auxiliary", "none"]
+all_families = pytest.mark.parametrize("family", FAMILIES)
+all_conditioning = pytest.mark.parametrize("conditioning", CONDITIONING)
+
+
+class Networks(NamedTuple):
+    config: Config
+    generator: nn.Module
+    discriminator: nn.Module
+
+    def discriminating(self, loss: LossConfig, precision: str = "float64") -> DiscriminatorObjective:
+        autocast = choose_precision(precision, CPU).autocast
+        return DiscriminatorObjective(self.discriminator, loss, class_weight=0.7, autocast=autocast)
+
+    def generating(self, loss: LossConfig, precision: str = "float64") -> GeneratorObjective:
+        autocast = choose_precision(precision, CPU).autocast
+        return GeneratorObjective(self.generator, self.discriminator, loss, class_weight=0.7, autocast=autocast)
+
+
+def build(family: str, conditioning: str = "projection", *, channels: int = 3, dtype: torch.dtype = torch.float64) -> Networks:
+    """A small one, its weights a little off their first values, among which there are zeros."""
+    torch.manual_seed(0)
+    resolution, sizes = SMALL[family]
+    config = Config(
+        model=ModelConfig(family=family, conditioning=conditioning, latent_dim=8, **sizes),
+        data=DataConfig(resolution=resolution, channels=channels, num_classes=0 if conditioning == "none" else CLASSES),
+        evaluation={"metrics": []},
+    )
+    networks = [make(config.model, config.data) for make in (build_generator, build_discriminator)]
+    for network in networks:
+        network.to(dtype=dtype, memory_format=torch.channels_last)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+        for _ in range(5):
+            power_iteration(network)
+    return Networks(config, *networks)
+
+
+def draw(networks: Networks, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Latents, labels and images."""
+    random = torch.Generator().manual_seed(1)
+    data = networks.config.data
+    latents = torch.randn(BATCH_SIZE, 8, dtype=torch.float64, generator=random)
+    images = torch.rand(BATCH_SIZE, data.channels, data.resolution, data.resolution, dtype=torch.float64, generator=random)
+    labels = torch.arange(BATCH_SIZE) if data.num_classes else torch.full((BATCH_SIZE,), -1)
+    return latents.to(dtype), labels, (2 * images - 1).to(dtype)
+
+
+def test_every_family_is_tested() -> None:
+    assert SMALL.keys() == OTHERS.keys() == FAMILIES.keys()
+
+
+@all_families
+@all_conditioning
+@pytest.mark.parametrize("channels", [1, 3])
+def test_shapes(family: str, conditioning: str, channels: int) -> None:
+    networks = build(family, conditioning, channels=channels)
+    latents, labels, images = draw(networks)
+    generated = networks.generator(latents, labels)
+    assert (generated.shape, generated.dtype) == (images.shape, torch.float64)
+    if family != "r3gan":
+        assert generated.abs().max() <= 1
+    output = networks.discriminator(generated, labels)
+    assert (output.logits.shape, output.class_logits.shape) == ((BATCH_SIZE,), (BATCH_SIZE, networks.config.data.num_classes))
+    assert output.features.shape[0] == BATCH_SIZE
+
+
+@pytest.mark.parametrize(("family", "resolution"), [(family, each) for family, sizes in OTHERS.items() for each in sizes])
+def test_other_resolutions(family: str, resolution: int) -> None:
+    model = ModelConfig(family=family, latent_dim=840, generator_width=8, discriminator_width=8)
+    data = DataConfig(resolution=resolution, channels=3)
+    with FakeTensorMode():
+        latents, labels = torch.zeros(2, 840), torch.zeros(2, dtype=torch.int64)
+        images = build_generator(model, data)(latents, labels)
+        assert images.shape == (2, 3, resolution, resolution)
+        assert build_discriminator(model, data)(images, labels).logits.shape == (2,)
+
+
+@all_families
+@all_conditioning
+@pytest.mark.parametrize("precision", ["float64", "bfloat16"])
+def test_every_parameter_is_trained(family: str, conditioning: str, precision: str) -> None:
+    dtype = choose_precision(precision, CPU).dtype
+    networks = build(family, conditioning, dtype=dtype)
+    latents, labels, images = draw(networks, dtype)
+    loss = LossConfig(adversarial="non_saturating", r1_gamma=1.0, r2_gamma=1.0)
+    objective = networks.discriminating(loss, precision)
+    objective(images, labels, images.flip(0), labels)[0].backward()
+    networks.discriminator.requires_grad_(False)
+    networks.generating(loss, precision)(latents, labels)[0].backward()
+    for network in (networks.generator, networks.discriminator):
+        for name, parameter in network.named_parameters():
+            assert parameter.dim(), f"{name}: DeepSpeed refuses a scalar"
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+            assert parameter.grad.any(), name
+
+
+@all_families
+def test_second_derivatives_are_right(family: str) -> None:
+    """The gradient of a gradient penalty, against the difference of two penalties."""
+    networks = build(family)
+    _, labels, images = draw(networks)
+    discriminator = networks.discriminator
+
+    def penalty() -> torch.Tensor:
+        x = images.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(discriminator(x, labels).logits.sum(), x, create_graph=True)
+        return gradient.square().sum()
+
+    parameters = [p for name, p in discriminator.named_parameters() if "classifier" not in name]
+    gradients = torch.autograd.grad(penalty(), parameters, allow_unused=True, materialize_grads=True)
+    directions = [torch.randn_like(parameter) for parameter in parameters]
+    slope = sum((gradient * direction).sum() for gradient, direction in zip(gradients, directions, strict=True))
+    values = []
+    for step in (1e-6, -2e-6):
+        with torch.no_grad():
+            torch._foreach_add_(parameters, directions, alpha=step)
+        values.append(penalty().item())
+    assert (values[0] - values[1]) / 2e-6 == pytest.approx(slope.item(), rel=1e-4)
+
+
+@all_families
+def test_the_class_changes_images_and_logits(family: str) -> None:
+    networks = build(family)
+    latents, labels, images = draw(networks)
+    others = (labels + 1) % CLASSES
+    generator, discriminator = networks.generator.eval(), networks.discriminator.eval()
+    changes = [
+        generator(latents, labels) - generator(latents, others),
+        discriminator(images, labels).logits - discriminator(images, others).logits,
+    ]
+    for change in changes:
+        assert change.reshape(BATCH_SIZE, -1).abs().amax(1).min() > 1e-4
+
+
+def gradients(networks: Networks, *, compiled: bool) -> dict[str, torch.Tensor]:
+    latents, labels, images = draw(networks)
+    loss = LossConfig(r1_gamma=1.0, r2_gamma=1.0)
+    discriminating, generating = networks.discriminating(loss), networks.generating(loss)
+    if compiled:
+        torch._dynamo.reset()
+        discriminating.compile(backend="aot_eager", fullgraph=True)
+        generating.compile(backend="aot_eager", fullgraph=True)
+    discriminating(images, labels, images.flip(0), labels)[0].backward()
+    networks.discriminator.requires_grad_(False)
+    generating(latents, labels)[0].backward()
+    named = {"G": networks.generator, "D": networks.discriminator}
+    return {f"{player}.{name}": p.grad for player, network in named.items() for name, p in network.named_parameters()}
+
+
+@all_families
+def test_compiled_or_recomputed_the_gradients_are_the_same(family: str) -> None:
+    expected = gradients(build(family), compiled=False)
+    networks = build(family)
+    recompute_activations(networks.generator)
+    recompute_activations(networks.discriminator)
+    for found in (gradients(networks, compiled=False), gradients(build(family), compiled=True)):
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)
+
+
+@all_families
+def test_flops_are_counted(family: str) -> None:
+    networks = build(family)
+    objectives = networks.discriminating(LossConfig(r1_gamma=1.0)), networks.generating(LossConfig())
+    flops = count_run(networks.config, *objectives, CPU, torch.float64)
+    assert flops["update"] > 3 * (flops["generator"] + flops["discriminator"])
+    assert all(p.grad is None for objective in objectives for p in objective.parameters())
+
+
+# Sizes.
+
+
+def parameters(model: ModelConfig, data: DataConfig) -> tuple[int, int]:
+    """Of the generator, and of the discriminator without the classifier, which the papers have not."""
+    with FakeTensorMode():
+        networks = build_generator(model, data), build_discriminator(model, data)
+    return tuple(sum(p.numel() for name, p in network.named_parameters() if "classifier" not in name) for network in networks)
+
+
+def linear(inputs: int, outputs: int, taps: int = 1) -> int:
+    """The parameters of a linear layer, or of a convolution of so many taps."""
+    return (inputs * taps + 1) * outputs
+
+
+@pytest.mark.parametrize("classes", [0, 10])
+def test_sngan_has_the_size_of_its_table(classes: int) -> None:
+    """Table 4 of 1802.05957, counted by hand: of G the linear layer, three blocks of two convolutions, a shortcut and two
+    batch norms, the last batch norm, the last convolution; of D four blocks, two of them with a shortcut, the linear layer,
+    the embedding of the projection. With 10 classes G has 4.30 and D 1.06 million parameters."""
+    model = ModelConfig(
+        family="resnet",
+        latent_dim=128,
+        generator_width=256,
+        discriminator_width=128,
+        conditioning="projection" if classes else "none",
+    )
+    norms = 2 * 2 * 256 * (classes or 1)
+    block = 2 * linear(256, 256, 9) + linear(256, 256) + norms
+    generator = linear(128, 4 * 4 * 256) + 3 * block + 2 * 256 + linear(256, 3, 9)
+    down = [
+        linear(3, 128, 9) + linear(128, 128, 9) + linear(3, 128),
+        2 * linear(128, 128, 9) + linear(128, 128),
+        2 * linear(128, 128, 9),
+        2 * linear(128, 128, 9),
+    ]
+    discriminator = sum(down) + linear(128, 1) + classes * 128
+    found = parameters(model, DataConfig(resolution=32, channels=3, num_classes=classes))
+    assert found == (generator, discriminator)
+    if classes:
+        assert [round(count / 1e6, 2) for count in found] == [4.30, 1.06]
+
+
+def test_biggan_has_its_published_size() -> None:
+    model = ModelConfig(family="biggan", latent_dim=120, generator_width=96, discriminator_width=96, attention=(64,))
+    found = parameters(model, DataConfig(resolution=128, channels=3, num_classes=1000))
+    assert [round(count / 1e6, 2) for count in found] == [70.43, 87.98]
+
+
+@pytest.mark.parametrize(
+    ("resolution", "classes", "widths", "group_size", "published"),
+    [
+        (32, 10, [768] * 4, 16, [20.78, 21.28]),
+        (64, 0, [768] * 4 + [384], 16, [22.43, 22.38]),
+        (256, 0, [768] * 4 + [384, 192, 96], 16, [23.06, 23.01]),
+        (32, 1000, [1536] * 4, 32, [82.91, 86.55]),
+        (64, 1000, [1536] * 5, 32, [103.57, 107.21]),
+    ],
+    ids=["cifar10", "ffhq64", "ffhq256", "imagenet32", "imagenet64"],
+)
+def test_r3gan_has_its_published_sizes(
+    resolution: int, classes: int, widths: list[int], group_size: int, published: list[float]
+) -> None:
+    conditioning = "projection" if classes else "none"
+    model = ModelConfig(family="r3gan", conditioning=conditioning, widths=tuple(widths), group_size=group_size)
+    found = parameters(model, DataConfig(resolution=resolution, channels=3, num_classes=classes))
+    assert [round(count / 1e6, 2) for count in found] == published
+
+
+# Formulas.
+
+
+class TimesLabel(nn.Module):
+    """In place of a norm."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return x * labels[:, None, None, None]
+
+
+def test_residual_blocks_are_the_papers() -> None:
+    """There, shortcuts are upsampled before and pooled after their convolution."""
+    x, labels = torch.randn(3, 4, 6, 6, dtype=torch.float64), torch.tensor([1, 2, 3])
+    up = ResidualUpBlock(4, 5, TimesLabel, nn.Module.double)
+    scale = labels[:, None, None, None]
+    h = F.conv2d(F.relu(x * scale).repeat_interleave(2, 2).repeat_interleave(2, 3), up.conv1.weight, up.conv1.bias, padding=1)
+    h = F.conv2d(F.relu(h * scale), up.conv2.weight, up.conv2.bias, padding=1)
+    shortcut = F.conv2d(x.repeat_interleave(2, 2).repeat_interleave(2, 3), up.shortcut.weight, up.shortcut.bias)
+    torch.testing.assert_close(up(x, labels), h + shortcut)
+
+    for first in (True, False):
+        down = ResidualDownBlock(4, 6, 5, halve=True, preactivate=not first, layer=nn.Module.double)
+        h = F.conv2d(x if first else F.relu(x), down.conv1.weight, down.conv1.bias, padding=1)
+        h = F.conv2d(F.relu(h), down.conv2.weight, down.conv2.bias, padding=1)
+        whole = h + F.conv2d(x, down.shortcut.weight, down.shortcut.bias)
+        torch.testing.assert_close(down(x), whole.unflatten(2, (3, 2)).unflatten(4, (3, 2)).mean((3, 5)))
+
+
+def test_self_attention_is_the_formula() -> None:
+    layer = SelfAttention(8, nn.Module.double).double()
+    x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
+    assert torch.equal(layer(x), x)
+    nn.init.constant_(layer.gain, 0.3)
+    query, key, value = (
+        torch.einsum("oc,bchw->bohw", each.weight[:, :, 0, 0], x) for each in (layer.query, layer.key, layer.value)
+    )
+    key, value = (each.unflatten(2, (2, 2)).unflatten(4, (2, 2)).amax((3, 5)).flatten(2) for each in (key, value))
+    expected = x.clone()
+    for image in range(2):
+        for place in range(16):
+            row, column = divmod(place, 4)
+            weights = torch.stack([query[image, :, row, column].dot(key[image, :, other]) for other in range(4)]).exp()
+            seen = sum(weights[other] / weights.sum() * value[image, :, other] for other in range(4))
+            expected[image, :, row, column] += 0.3 * layer.output.weight[:, :, 0, 0] @ seen
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_resampling_is_filtering() -> None:
+    taps = np.array([1, 3, 3, 1]) / 8
+    x = np.random.default_rng(0).normal(size=(6, 6))
+
+    def filtered(image: np.ndarray, gain: float) -> np.ndarray:
+        """Along both axes, full length."""
+        rows = np.stack([np.convolve(row, taps) for row in image])
+        return gain * np.stack([np.convolve(column, taps) for column in rows.T]).T
+
+    stuffed = np.zeros((12, 12))
+    stuffed[::2, ::2] = x
+    for layer, expected in ((Upsample(), filtered(stuffed, 4)[1:13, 1:13]), (Downsample(), filtered(x, 1)[2:8:2, 2:8:2])):
+        found = layer.double()(torch.tensor(x).expand(2, 3, 6, 6))
+        torch.testing.assert_close(found, torch.tensor(expected).expand_as(found))
+
+
+def test_attention_comes_after_the_blocks_of_its_resolution() -> None:
+    model = ModelConfig(family="resnet", attention=(16, 32), generator_width=2, discriminator_width=2)
+    data = DataConfig(resolution=64, channels=3)
+    seen = []
+    for network in (build_generator(model, data), build_discriminator(model, data)):
+        for module in network.modules():
+            if isinstance(module, SelfAttention):
+                module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[2]))
+        network(torch.zeros(2, 64) if not seen else torch.zeros(2, 3, 64, 64), torch.zeros(2, dtype=torch.int64))
+    assert seen == [16, 32, 32, 16]
+
+
+def test_biggans_norms_are_linear_in_chunk_and_class() -> None:
+    networks = build("biggan")
+    latents, labels, _ = draw(networks)
+    generator = networks.generator.eval()
+    seen = []
+    for module in generator.modules():
+        if isinstance(module, LinearlyConditionedBatchNorm):
+            module.register_forward_hook(lambda module, inputs, output: seen.append((module, *inputs, output)))
+    generator(latents, labels)
+    assert len(seen) == 6
+    for number, (module, x, condition, output) in enumerate(seen):
+        first = 2 * (1 + number // 2)  # the two norms of a block share a chunk of two
+        expected = torch.cat([latents[:, first : first + 2], generator.embedding.weight[labels]], 1)
+        torch.testing.assert_close(condition, expected)
+        normalized = (x - module.norm.running_mean[:, None, None]) / (module.norm.running_var[:, None, None] + 1e-5).sqrt()
+        gain, bias = (condition @ weight.T for weight in (module.gain.weight, module.bias.weight))
+        torch.testing.assert_close(output, normalized * (1 + gain)[:, :, None, None] + bias[:, :, None, None])
+
+
+def test_biggan_begins_orthogonal() -> None:
+    model = ModelConfig(family="biggan", generator_width=2, discriminator_width=2)
+    for network in (build_generator(model, DataConfig(resolution=32)), build_discriminator(model, DataConfig(resolution=32))):
+        for module in network.modules():
+            if hasattr(module, "parametrizations"):
+                matrix = module.weight.flatten(1)
+                matrix = matrix if len(matrix) <= matrix.size(1) else matrix.T
+                torch.testing.assert_close(matrix @ matrix.T, torch.eye(len(matrix)), rtol=0, atol=1e-4)
+
+
+def test_r3gan_begins_as_the_paper_says() -> None:
+    model = ModelConfig(family="r3gan", generator_width=64, discriminator_width=64, latent_dim=256)
+    data = DataConfig(resolution=16, channels=3, num_classes=20)
+    torch.manual_seed(0)
+    generator, discriminator = build_generator(model, data), build_discriminator(model, data)
+    gain = math.sqrt(2 / 1.04) * 6 ** (-1 / 4)  # six blocks in either network
+    expected = {
+        "head.project": 1 / 8,
+        "head.embedding": (20 * 64) ** -0.5,
+        "project": 512**-0.5,
+        "basis": 1,
+        "gather": 1 / 4,
+        "expand": gain / 8,
+        "mix": gain / (9 * 16) ** 0.5,
+        "to_image": 1 / 8,
+        "from_image": 3**-0.5,
+        "embedding": 20**-0.5,
+    }
+    for name, parameter in [*generator.named_parameters(), *discriminator.named_parameters()]:
+        if name.endswith(("contract.weight", "bias")) and "classifier" not in name:
+            assert not parameter.any(), name
+        elif "classifier" not in name:
+            std = next(value for part, value in expected.items() if part in name)
+            assert parameter.std().item() == pytest.approx(std, rel=0.12), name
+    latents, labels = torch.randn(2, 256), torch.tensor([3, 4])
+    x = generator.project(torch.cat([latents, generator.embedding(labels)], 1))[:, :, None, None] * generator.basis
+    x = generator.to_image(Upsample()(Upsample()(x)))  # its blocks are the identity at first
+    torch.testing.assert_close(generator(latents, labels), x)
+
+
+def test_r3gans_logit_is_the_projection_alone() -> None:
+    head = PureProjectionHead(6, 4, nn.Module.double).double()
+    features, labels = torch.randn(3, 6, dtype=torch.float64), torch.tensor([3, 0, 3])
+    logits, *_ = head(features, labels)
+    for logit, feature, label in zip(logits, features, labels, strict=True):
+        torch.testing.assert_close(logit, (head.project.weight @ feature).dot(head.embedding.weight[label]))
+    assert [name for name, _ in build("r3gan", "none").discriminator.head.named_parameters()] == ["adversarial.weight"]
+
+
+def test_mlp_is_its_formula() -> None:
+    networks = build("mlp", channels=1)
+    latents, labels, images = draw(networks)
+    weights = copy.deepcopy(networks.generator.state_dict())
+    x = torch.cat([latents, weights["embedding.weight"][labels]], 1)
+    for layer in ("hidden1", "hidden2"):
+        x = (x @ weights[f"{layer}.weight"].T + weights[f"{layer}.bias"]).clamp(min=0)
+    x = torch.tanh(x @ weights["to_image.weight"].T + weights["to_image.bias"]).view(BATCH_SIZE, 1, 10, 10)
+    torch.testing.assert_close(networks.generator(latents, labels), x)
+    weights = networks.discriminator.trunk.state_dict()
+    x = images.reshape(BATCH_SIZE, -1)
+    for layer in ("hidden1", "hidden2"):
+        x = x @ weights[f"{layer}.weight"].T + weights[f"{layer}.bias"]
+        x = torch.where(x > 0, x, 0.2 * x)
+    torch.testing.assert_close(networks.discriminator.trunk(images), x)
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize(
+    ("family", "resolution", "model", "message"),
+    [
+        ("dcgan", 12, {}, "data.resolution=12: dcgan makes images of 8, 16"),
+        ("r3gan", 12, {}, "data.resolution=12: r3gan makes images of 8, 16"),
+        ("r3gan", 4, {}, "data.resolution=4: r3gan makes images of 8, 16"),
+        ("r3gan", 16, {"widths": (8, 8)}, r"model.widths=\[8, 8\]: images of 16 pixels want 3 of them"),
+        ("r3gan", 16, {"group_size": 7}, "model.group_size=7 does not divide 2 × 16.*choose"),
+        ("resnet", 16, {}, "data.resolution=16: resnet makes images of 32, 64, 128 pixels"),
+        ("biggan", 16, {}, "data.resolution=16: biggan makes images of 32, 64, 128, 256, 512 pixels"),
+        ("resnet", 32, {"attention": (32,)}, r"model.attention=\[32\]: for images of 32 pixels .* of 8, 16 pixels: choose"),
+        ("biggan", 64, {"attention": (4, 8)}, r"model.attention=\[4, 8\]: for images of 64 pixels .* of 8, 16, 32 pixels"),
+        ("biggan", 32, {"latent_dim": 63}, "model.latent_dim=63: biggan splits it into 4 equal parts.*such as 80"),
+    ],
+)
+def test_impossible_networks_are_refused(family: str, resolution: int, model: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_generator(ModelConfig(family=family, **model), DataConfig(resolution=resolution))
