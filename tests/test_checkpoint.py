@@ -24,7 +24,7 @@ from gandist import checkpoint
 from gandist.checkpoint import retention, saving
 from gandist.checkpoint.__main__ import main as command
 from gandist.checkpoint.tensors import flatten, share
-from gandist.config import CheckpointConfig, Config, load_config
+from gandist.config import CheckpointConfig, Config, ModelConfig, load_config
 from gandist.distributed import World, join_world
 from gandist.errors import CheckpointError, ConfigError, DataError, GandistError
 from gandist.models import build_generator
@@ -600,6 +600,16 @@ def test_another_run_is_resumed_only_if_asked_by_name(trained: Path, tmp_path: P
         else:
             assert re.search(message, error, re.DOTALL), error
             assert steps(config.run_dir) == [2, 4, 6]
+
+
+def test_a_key_newer_than_the_checkpoint_had_its_default(tmp_path: Path, world: World) -> None:
+    meta = {"config": Config().model_dump(mode="json"), "data_fingerprint": {}}
+    for key in ("attention", "group_size"):
+        del meta["config"]["model"][key]
+    checkpoint.refuse_other_run(tmp_path, meta, Config(), {}, world)
+    other = Config(model=ModelConfig(family="resnet", attention=(16,)))
+    with pytest.raises(CheckpointError, match=r"model\.attention: \[\] there, \[16\] now"):
+        checkpoint.refuse_other_run(tmp_path, meta, other, {}, world, ("model.family",))
 
 
 def test_what_is_accepted_is_said(trained: Path, tmp_path: Path, cache_dir: Path) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from gandist.config import Config
+from gandist.config import Config, ModelConfig
 from gandist.distributed import World
 from gandist.errors import CheckpointError, ConfigError
 
@@ -24,10 +24,11 @@ def refuse_other_run(
     accepted: what of these may differ, by the names in that error or by what these begin with, such as `data`
     """
     saved, now = meta["config"], config.model_dump(mode="json")
+    saved_model = ModelConfig().model_dump(mode="json") | saved["model"]  # which may be older than some keys
     known = {key: (meta["data_fingerprint"][key], value) for key, value in fingerprint.items()}
     compared = {f"data_fingerprint.{key}": pair for key, pair in known.items() if None not in pair}
     compared |= {"seed": (saved["seed"], now["seed"])}
-    compared |= {f"model.{key}": (saved["model"].get(key), value) for key, value in now["model"].items()}
+    compared |= {f"model.{key}": (saved_model[key], value) for key, value in now["model"].items()}
     compared |= {f"data.{key}": (saved["data"].get(key), now["data"][key]) for key in DATA_KEYS}
     groups = {key: key.partition(".")[0] for key in compared}
     if unknown := {*accepted} - groups.keys() - {*groups.values()}:
