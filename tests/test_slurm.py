@@ -247,7 +247,7 @@ def test_a_job_that_fails_while_a_node_is_silent_waits_for_its_requeue(cluster: 
     cluster.silence_node("n6")
     (cluster.work / "failure").touch()
     cluster.await_job(job, Restarts="1")
-    assert "Node failure on n6" in cluster.log(job)
+    until(lambda: "Node failure on n6" in cluster.log(job))
 
 
 def test_a_chain_ends_where_a_job_of_it_fails(cluster: Cluster) -> None:
