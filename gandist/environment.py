@@ -44,10 +44,9 @@ def _command(world: World) -> str:
 
 def _revision() -> str | None:
     """Of the repository that gandist is imported from, with a `+` where files differ from it."""
-    git = ["git", "-C", str(Path(__file__).parent)]
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
-        revision = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, timeout=10)
-        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+        described = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
         return None
-    return revision.stdout.strip() + ("+" if changed.stdout else "") if revision.returncode == 0 else None
+    return described.stdout.strip()

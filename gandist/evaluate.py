@@ -17,7 +17,7 @@ from gandist.data.files import ImageFiles
 from gandist.distributed import World, join_world, run
 from gandist.errors import CheckpointError, ConfigError
 from gandist.evaluation.comparison import MOMENTS, Comparison, Sharing, full_float32
-from gandist.evaluation.evaluator import Evaluation, Evaluator, Record
+from gandist.evaluation.evaluator import Evaluation, Evaluator, record_values
 from gandist.evaluation.features import EXTRACTORS, open_extractor
 from gandist.evaluation.metrics import METRICS, Metric
 from gandist.evaluation.reference import RealStatistics, save_reference
@@ -92,12 +92,9 @@ def evaluate_images(measured: str, real: str, overrides: Sequence[str], world: W
     def batches_of(count: int):
         return (batch[:2] for batch in images.evaluation_batches(config.evaluation.batch_size, count))
 
-    records, per_class = [], {}
     with torch.no_grad(), full_float32():
-        for name, value, made in comparison.compare(batches_of, count_of, reals, config.data.num_classes):
-            records.append(Record(name, value.value, value.spread, **made))
-            if value.per_class:
-                per_class[name] = value.per_class
+        found = comparison.compare(batches_of, count_of, reals, config.data.num_classes)
+        records, per_class = record_values(found, {})
     evaluation = Evaluation(records, per_class=per_class)
     return evaluation, reals.class_names, f"{measured}: {len(images):,} images, against {real}"
 

@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from gandist.config import Config
+from gandist.models import evaluating
 from gandist.objective import DiscriminatorObjective, GeneratorObjective
 
 PEAK = {  # FLOP/s of dense bfloat16 matrix products, as the data sheets have them
@@ -52,11 +53,11 @@ def count_run(
         "generator": count_flops(generating.network, latents, labels),
         "discriminator": count_flops(discriminating.network, images, labels),
     }
-    discriminating.network.eval()  # the generator's objective holds it unregistered, so its copy's eval() would not reach it
-    discriminator_update = count_flops(discriminating, images, labels, images, labels, *mixing, backward=True)
     beside = [images] if generating.adversarial.paired else []
-    generator_update = count_flops(generating, latents, labels, *beside, backward=True) // config.train.discriminator_updates
-    discriminating.network.train()
+    with evaluating(discriminating.network):  # which the generator's objective holds unregistered: its copy's eval() misses it
+        discriminator_update = count_flops(discriminating, images, labels, images, labels, *mixing, backward=True)
+        generator_update = count_flops(generating, latents, labels, *beside, backward=True)
+    generator_update //= config.train.discriminator_updates
     return flops | {"update": flops["generator"] + discriminator_update + generator_update}
 
 

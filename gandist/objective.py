@@ -209,7 +209,8 @@ class GeneratorObjective(nn.Module):
 
 def compare(head: Head, embedding: torch.Tensor, labels: torch.Tensor, temperature: float) -> torch.Tensor:
     """The mean over these images of how each compares with those of the global batch, []; unlabelled ones are left out."""
-    losses = CONTRASTS[head.contrast](
-        embedding, head.proxies_of(labels), labels, *head.others(embedding, labels), temperature=temperature
-    )
+    others, other_labels, left_out = head.others(embedding, labels)
+    to_proxy = (embedding * head.proxies_of(labels)).sum(1, keepdim=True)
+    alike = labels[:, None] == other_labels
+    losses = CONTRASTS[head.contrast](to_proxy, embedding @ others.T, alike, left_out, temperature)
     return torch.where(labels >= 0, losses, 0).sum() / len(labels)

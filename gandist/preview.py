@@ -6,6 +6,7 @@ from torch import nn
 from gandist.config import Config
 from gandist.data import Dataset, normalize, to_uint8
 from gandist.distributed import World
+from gandist.models import evaluating
 from gandist.randomness import Purpose, draw_latents, random_stream
 from gandist.tracking.tracker import Samples, sample_grid
 
@@ -29,14 +30,12 @@ class Preview:
     def draw(self, generator: nn.Module, discriminator: nn.Module) -> Samples:
         """generator: the averaged one. Both networks keep their modes."""
         images = to_uint8(generator(self.latents, self.labels))
-        training = discriminator.training
-        discriminator.eval()
         kinds = {"real": self.real.to(images.device), "fake": images}
-        logits = {
-            name: discriminator(normalize(each, self.latents.dtype), self.labels).logits.tolist()
-            for name, each in kinds.items()
-        }
-        discriminator.train(training)
+        with evaluating(discriminator):
+            logits = {
+                name: discriminator(normalize(each, self.latents.dtype), self.labels).logits.tolist()
+                for name, each in kinds.items()
+            }
         return Samples(sample_grid(images, PER_CLASS), self._diversity(images), logits)
 
     def _find_real(self, train_set: Dataset) -> torch.Tensor:

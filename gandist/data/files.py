@@ -10,7 +10,7 @@ import torch
 
 from gandist.config import DataConfig
 from gandist.data.collections import Samples, image_folder
-from gandist.data.decode import ImageError, ImageFormat, decode, fit
+from gandist.data.decode import ImageError, ImageFormat, decode_into
 from gandist.data.device import DeviceBatch, on_device
 from gandist.data.index import UNLABELLED
 from gandist.data.loader import Batch, EvaluationBatches, load_batches
@@ -21,8 +21,7 @@ from gandist.errors import DataError
 class ImageFiles:
     """The images of a folder, of all its splits, with the classes of its directories: has what of Dataset an evaluation uses.
 
-    class_counts: int64 [num_classes]
-    identity:     tells these files from any others, by name, size and time
+    identity: tells these files from any others, by name, size and time
     """
 
     is_cached = False  # as loading asks of shards
@@ -39,7 +38,6 @@ class ImageFiles:
         self.class_names = (found.classes or [])[: self.num_classes]
         labels = np.concatenate([split.labels for split in self._splits])
         self._labels = np.where(labels < self.num_classes, labels, UNLABELLED)
-        self.class_counts = np.bincount(self._labels[self._labels >= 0], minlength=self.num_classes)
         described = ""
         for path in (split.source.name(int(index)) for split in self._splits for index in split.indices):
             status = os.stat(path)
@@ -74,8 +72,7 @@ class ImageFiles:
             split, index = self._locate(sample)
             labels[row] = self._labels[sample]
             try:
-                pixels = decode(split.source.read(index), self._format.channels)
-                images[row] = fit(pixels, self._format.resolution, self._format.resize)
+                decode_into(images[row], split.source.read(index), self._format)
             except ImageError as error:
                 raise DataError(f"{split.source.name(index)}: {error}") from error
         return Batch(torch.from_numpy(images), torch.from_numpy(labels), {})

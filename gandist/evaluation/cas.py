@@ -7,8 +7,7 @@ import torch
 from gandist.config import Config
 from gandist.data.order import permutation
 from gandist.distributed import World
-from gandist.evaluation.classification import Classification
-from gandist.evaluation.judge import BATCH_SIZE, EPOCHS, Judge, train_judge
+from gandist.evaluation.judge import BATCH_SIZE, EPOCHS, Judge, accuracy, train_judge
 
 
 def classification_accuracy_score(
@@ -25,10 +24,7 @@ def classification_accuracy_score(
     judge = Judge(data.resolution, data.channels, data.num_classes).to(world.device, memory_format=torch.channels_last)
     with torch.enable_grad():
         train_judge(judge, _shuffled(images, labels, config.seed), len(images), epochs=EPOCHS)
-    verdicts = Classification(data.num_classes, world)
-    for batch in held_out:
-        verdicts.update(judge(batch[0])[1], batch[1])
-    return verdicts.report().top1
+    return accuracy(judge, held_out, world)
 
 
 def _shuffled(images: torch.Tensor, labels: torch.Tensor, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

@@ -1,5 +1,6 @@
 """Generated images, or any, compared with real ones by the metrics that are asked for; the ranks share the work."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -14,7 +15,6 @@ from gandist.evaluation.features import Extractor, open_extractor
 from gandist.evaluation.frechet import frechet_distance
 from gandist.evaluation.metrics import METRICS, Metric, Value
 from gandist.evaluation.reference import Images, RealStatistics, load_reference
-from gandist.evaluation.sampling import number_of_turns
 from gandist.evaluation.statistics import Statistics, Wanted, collect
 
 Item = TypeVar("Item")
@@ -37,7 +37,7 @@ class Sharing:
 
     def __call__(self, batches: Iterator[Item], total: int, what: str) -> Iterator[Item]:
         """This rank's batches of `total` images that all ranks share."""
-        turns = number_of_turns(total, self.batch_size, self.world.size)
+        turns = math.ceil(total / self.batch_size / self.world.size)  # of the rank that has most
         silent = None if self.show_progress and self.world.is_main else True  # None: unless it is no terminal
         for _ in tqdm(range(turns), what, disable=silent, leave=False, unit="batch"):
             self.between_batches()

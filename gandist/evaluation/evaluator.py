@@ -1,8 +1,8 @@
 """Measures a generator and a discriminator: all ranks share the work, and results do not depend on how many they are."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from gandist.errors import ConfigError
 from gandist.evaluation.cas import classification_accuracy_score
 from gandist.evaluation.classification import Classification, ClassificationReport
 from gandist.evaluation.comparison import Comparison, Sharing, full_float32
-from gandist.evaluation.metrics import Metric
+from gandist.evaluation.metrics import Metric, Value
 from gandist.evaluation.sampling import FakeImages
-from gandist.models import build_discriminator, build_generator
+from gandist.models import build_discriminator, build_generator, evaluating
 
 HELD_OUT = "eval/fd_classifier_held_out"
 
@@ -71,6 +71,18 @@ class Evaluation:
     def to_dict(self) -> dict:
         described = {"records": [record.to_dict() for record in self.records], "per_class": self.per_class}
         return described | ({"class_head": asdict(self.report)} if self.report else {})
+
+
+def record_values(
+    found: Iterable[tuple[str, Value, dict]], sampled: dict[str, Any]
+) -> tuple[list[Record], dict[str, list[float]]]:
+    """What `Comparison.compare` has found, and of each class; sampled: fields of Record about the images that were measured."""
+    records, per_class = [], {}
+    for name, value, made in found:
+        records.append(Record(name, value.value, value.spread, **sampled, **made))
+        if value.per_class:
+            per_class[name] = value.per_class
+    return records, per_class
 
 
 class Evaluator:
@@ -131,17 +143,13 @@ class Evaluator:
         progress = {"step": step, "kimg": kimg}
         sampled = {"seed": seed, "ema": settings.ema, "labels": settings.labels, "truncation": settings.truncation}
         sampled |= progress | ({"standing_stats": settings.standing_stats} if settings.standing_stats else {})
-        records, report, per_class = [], None, {}
-        with full_float32(), _evaluating(generator), _evaluating(discriminator):
+        report = None
+        with full_float32(), evaluating(generator), evaluating(discriminator):
             if self.comparison.metrics or "cas" in settings.metrics:
-                prepared = fakes.prepare(generator)
-            batches_of = lambda count: fakes.batches(prepared, count)  # noqa: E731
-            for name, value, made in self.comparison.compare(
-                batches_of, self._number_of_fakes, self.train_set, self.train_set.num_classes
-            ):
-                records.append(Record(name, value.value, value.spread, **sampled, **made))
-                if value.per_class:
-                    per_class[name] = value.per_class
+                generator = fakes.prepare(generator)
+            batches_of = partial(fakes.batches, generator)
+            found = self.comparison.compare(batches_of, self._number_of_fakes, self.train_set, self.train_set.num_classes)
+            records, per_class = record_values(found, sampled)
             if "fd_classifier" in settings.metrics and self.test_set:  # what real images score: the yardstick
                 held_out = self.comparison.distance_of("judge", self.test_set, self.train_set)
                 made = self.comparison.extractors["judge"].identity | {"split": "train", "n_real": len(self.train_set)}
@@ -190,13 +198,3 @@ class Evaluator:
         made: Iterable = self.share(batches_of(self._num_images), self._num_images, "generated images")
         held_out = self.test_set.evaluation_batches(self.settings.batch_size)
         return classification_accuracy_score(made, held_out, self.config, self.world)
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    training = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(training)

@@ -4,7 +4,7 @@ on the real images of `data.train`."""
 import argparse
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from importlib.resources import files
 from itertools import pairwise
@@ -19,6 +19,7 @@ from gandist.config import DataConfig, load_config
 from gandist.data import open_dataset
 from gandist.distributed import World, join_world, run
 from gandist.errors import ConfigError, GandistError
+from gandist.evaluation.classification import Classification
 
 DIGITS = "digits-judge"
 DIGITS_SHA256 = "ad8a5f57357121443b7502a5b66e0e5098941ce3da0fae69832f915f46ff6ae6"
@@ -113,15 +114,18 @@ def train_judge(
     return judge.eval().requires_grad_(False)
 
 
-@torch.no_grad()
 def top1(judge: Judge, data: DataConfig, world: World) -> float:
     """Accuracy on the labelled images of `data.test`."""
-    right, labelled = 0, 0
-    for images, labels, _ in open_dataset(data.test, data, world, split="test").evaluation_batches(BATCH_SIZE):
-        _, class_logits = judge(images)
-        right += int((class_logits.argmax(1) == labels).sum())
-        labelled += int((labels >= 0).sum())
-    return right / max(labelled, 1)
+    return accuracy(judge, open_dataset(data.test, data, world, split="test").evaluation_batches(BATCH_SIZE), world)
+
+
+@torch.no_grad()
+def accuracy(judge: Judge, batches: Iterable[tuple], world: World) -> float:
+    """batches: uint8 images [B, C, H, W] and labels [B], −1 for none, and whatever else"""
+    verdicts = Classification(judge.num_classes, world)
+    for images, labels, *_ in batches:
+        verdicts.update(judge(images)[1], labels)
+    return verdicts.report().top1
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -147,10 +151,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dataset = open_dataset(data.train, data, world)
         with closing(dataset.training_batches(seed=0, batch_size=BATCH_SIZE, start=0)) as batches:
             train_judge(judge, (batch[:2] for batch in batches), len(dataset), epochs=options.epochs)
-        accuracy = top1(judge, data, world) if data.test else None
+        held_out = top1(judge, data, world) if data.test else None
         judge.cpu().save(options.file)
-    if accuracy is not None:
-        print(f"accuracy on data.test: {accuracy:.4f}")
+    if held_out is not None:
+        print(f"accuracy on data.test: {held_out:.4f}")
     print(f"{hashlib.sha256(options.file.read_bytes()).hexdigest()}  {options.file}")
 
 

@@ -1,7 +1,6 @@
 """The generated images that are measured: image n is a function of the seed and n, on any number of ranks."""
 
 import copy
-import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -65,11 +64,6 @@ class FakeImages:
         device, dtype = self.world.device, next(generator.parameters()).dtype
         labels = labels.to(device)
         return to_uint8(generator(latents.to(device, dtype), labels)), labels
-
-
-def number_of_turns(total: int, batch_size: int, world_size: int) -> int:
-    """Batches of the rank that has most."""
-    return math.ceil(total / batch_size / world_size)
 
 
 def proportional_labels(class_counts: np.ndarray, size: int) -> np.ndarray:

@@ -1,6 +1,6 @@
 """What an extractor finds in a set of images, collected over batches and ranks."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -100,9 +100,7 @@ class _ClassMoments(_Collector):
 
 
 class _Rows(_Collector):
-    """Keeps a tensor of each batch. `choose` picks it."""
-
-    choose: Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
+    """Keeps a tensor of each batch."""
 
     def __init__(self, extractor: Extractor, num_classes: int, world: World):
         super().__init__(extractor, num_classes, world)

@@ -1,6 +1,7 @@
 """The networks by name. A new family or head is one file or class, and one entry here."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from torch import nn
@@ -23,7 +24,14 @@ from gandist.models.mlp import MLPGenerator, MLPTrunk
 from gandist.models.r3gan import R3GANGenerator, R3GANTrunk
 from gandist.models.resnet import ResNetGenerator, ResNetTrunk
 
-__all__ = ["Discriminator", "DiscriminatorOutput", "build_discriminator", "build_generator", "recompute_activations"]
+__all__ = [
+    "Discriminator",
+    "DiscriminatorOutput",
+    "build_discriminator",
+    "build_generator",
+    "evaluating",
+    "recompute_activations",
+]
 
 
 class Family(NamedTuple):
@@ -65,6 +73,17 @@ def build_discriminator(model: ModelConfig, data: DataConfig) -> Discriminator:
     trunk = family.trunk(model, data)
     head = (HEADS | family.heads)[model.conditioning]
     return Discriminator(trunk, head(trunk.features, data.num_classes, trunk.layer))
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """The network is in evaluation mode, and then in the mode that it was in."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)
 
 
 def recompute_activations(network: nn.Module) -> None:

@@ -33,16 +33,12 @@ class Head(nn.Module):
     contrast: str | None = None
     detached = False
 
-    def __init__(self, features: int, num_classes: int, layer: Layer):
-        super().__init__()
-        self.adversarial = layer(nn.Linear(features, 1))
-
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """features [B, F], labels int64 [B], −1 for none → logits [B], class_logits [B, K], embedding [B, E]"""
         return self.judge(features, labels), self.classify(features), self.embed(features)
 
     def judge(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return self.adversarial(features).squeeze(1)
+        raise NotImplementedError
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         return self.classifier(features.detach() if self.detached else features)
@@ -51,7 +47,18 @@ class Head(nn.Module):
         return features[:, :0]
 
 
-class ProjectionHead(Head):
+class LinearHead(Head):
+    """The logit is linear in the features."""
+
+    def __init__(self, features: int, num_classes: int, layer: Layer):
+        super().__init__()
+        self.adversarial = layer(nn.Linear(features, 1))
+
+    def judge(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return self.adversarial(features).squeeze(1)
+
+
+class ProjectionHead(LinearHead):
     """The logit has a term for the match of image and label (Miyato & Koyama 2018, 1802.05637)."""
 
     def __init__(self, features: int, num_classes: int, layer: Layer):
@@ -68,7 +75,7 @@ class PureProjectionHead(Head):
     """The logit is the match of image and label, and nothing else (R3GAN, Huang et al. 2024, 2501.05441)."""
 
     def __init__(self, features: int, num_classes: int, layer: Layer):
-        nn.Module.__init__(self)
+        super().__init__()
         self.project = layer(nn.Linear(features, features, bias=False))
         self.embedding = nn.Embedding(num_classes, features)
         self.classifier = nn.Linear(features, num_classes)
@@ -78,14 +85,14 @@ class PureProjectionHead(Head):
         return (self.embedding(labels) * self.project(features)).sum(1)
 
 
-class UnconditionalHead(Head):
+class UnconditionalHead(LinearHead):
     """For data without classes: one logit, and class logits of no classes."""
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         return features[:, :0]
 
 
-class AuxiliaryClassifierHead(Head):
+class AuxiliaryClassifierHead(LinearHead):
     """The logit knows nothing of the label; the generator answers to the classifier (AC-GAN, Odena et al. 2017,
     1610.09585). As in later work the discriminator's classifier learns from real images alone.
     """
@@ -97,7 +104,7 @@ class AuxiliaryClassifierHead(Head):
         self.classifier = nn.Linear(features, num_classes)
 
 
-class ComparingHead(Head):
+class ComparingHead(LinearHead):
     """Images are compared with each other and with a proxy of their class. The classifier is there for classification alone."""
 
     def __init__(self, features: int, num_classes: int, layer: Layer):

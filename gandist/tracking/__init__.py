@@ -27,7 +27,7 @@ __all__ = [
 def open_trackers(config: Config, start: dict[str, Any], world: World, *, step: int) -> list[Tracker]:
     """All trackers on rank 0, none on the others.
 
-    start: what is known of this start (`environment.describe`); step: where the run begins or goes on
+    start: what `environment.describe_start` and `summary.summarize` know of it; step: where the run begins or goes on
     """
     if not world.is_main:
         return []
