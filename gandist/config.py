@@ -4,10 +4,21 @@ import difflib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Generic, Literal, NamedTuple, TypeVar
 
 import yaml
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ByteSize, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ByteSize,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
 from gandist.errors import ConfigError
 
@@ -26,6 +37,8 @@ Count = Annotated[Integer, Field(ge=1)]
 Positive = Annotated[Number, Field(gt=0)]
 Interval = Annotated[Number, Field(ge=0.001)]
 NotNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Beta = Annotated[Number, Field(ge=0, lt=1)]
 ExpandedPath = Annotated[Path, AfterValidator(Path.expanduser)]
 ShardSpec = str | tuple[str, ...]
 BUILT_IN = "digits:"  # begins the names of the built-in data
@@ -33,6 +46,27 @@ BUILT_IN = "digits:"  # begins the names of the built-in data
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+T = TypeVar("T")
+
+
+class Cosine(Section, Generic[T]):
+    """From `start` to `end` along half a cosine within the first `kimg`; from then on `end`."""
+
+    start: T
+    end: T
+    kimg: Positive
+
+
+_number_or_cosine = Discriminator(lambda value: "cosine" if isinstance(value, dict | Cosine) else "number")
+
+
+class Scheduled:
+    """`Scheduled[T]`: a T, or a cosine between two."""
+
+    def __class_getitem__(cls, number: Any) -> Any:
+        return Annotated[Annotated[number, Tag("number")] | Annotated[Cosine[number], Tag("cosine")], _number_or_cosine]
 
 
 class DataConfig(Section):
@@ -47,7 +81,7 @@ class DataConfig(Section):
     label: Annotated[str, Field(pattern=r"^(cls|json:.+)$")] = "cls"  # or json:FIELD, a field of each sample's .json
     unlabelled: Literal["refuse", "allow"] = "refuse"  # what to do with samples that have no label
     on_error: Literal["raise", "skip"] = "raise"  # skip: an image that cannot be used is replaced by its neighbour
-    max_skip: Annotated[Number, Field(ge=0, le=1)] = 0.001  # share of images that may be replaced so
+    max_skip: Share = 0.001  # share of images that may be replaced so
     num_workers: Annotated[Integer, Field(ge=0)] = 1  # decoding processes a rank
     in_memory: ByteSize = ByteSize(10**9)  # decoded sets up to this size are held in memory; 0: none
     shuffle_block: Annotated[Integer, Field(ge=0)] = 0  # shards shuffled together; 0: all
@@ -82,7 +116,9 @@ class ModelConfig(Section):
     widths: tuple[Count, ...] | None = None  # r3gan, both networks: channels from 4 pixels up; null: one width everywhere
     group_size: Count = 16  # r3gan: channels of a group of the grouped convolutions
     attention: tuple[Count, ...] = ()  # resnet, biggan: resolutions of feature maps that have self-attention
-    conditioning: Literal["projection", "auxiliary", "contrastive", "d2d_ce", "none"] = "projection"  # of the discriminator
+    conditioning: Literal[
+        "projection", "auxiliary", "twin_auxiliary", "adc", "contrastive", "d2d_ce", "multi_hinge", "none"
+    ] = "projection"  # of the discriminator
 
     @model_validator(mode="after")
     def _keys_fit_the_family(self) -> "ModelConfig":
@@ -96,15 +132,47 @@ class LossConfig(Section):
     """The adversarial game."""
 
     adversarial: Literal["hinge", "non_saturating", "saturating", "least_squares", "wasserstein", "relativistic"] = "hinge"
-    r1_gamma: NotNegative = 0.0  # weight of the R1 gradient penalty, on real images; 0: none
-    r2_gamma: NotNegative = 0.0  # of R2, the same on generated images
+    r1_gamma: Scheduled[NotNegative] = 0.0  # weight of the R1 gradient penalty, on real images; 0: none
+    r2_gamma: Scheduled[NotNegative] = 0.0  # of R2, the same on generated images
     wgan_gp_lambda: NotNegative = 0.0  # of WGAN-GP's gradient penalty, on images between real and generated ones
-    conditioning_weight: NotNegative = 1.0  # of comparing images with each other, with model.conditioning=contrastive or d2d_ce
-    temperature: Positive = 0.5  # of these comparisons
+    dragan_lambda: NotNegative = 0.0  # of DRAGAN's, on images around the real ones
+    penalty_every: Count = 1  # discriminator updates from one with these penalties, so many times as heavy, to the next
+    path_length_weight: NotNegative = 0.0  # stylegan2: of the path length penalty
+    path_length_every: Count = 1  # generator updates from one with it, so many times as heavy, to the next
+    lecam_weight: NotNegative = 0.0  # of keeping logits near the averages of the opposite side
+    orthogonal_weight: NotNegative = 0.0  # of keeping the generator's filters orthogonal to each other
+    top_k: Scheduled[Annotated[Number, Field(gt=0, le=1)]] = (
+        1.0  # share of its images, the best, that the generator learns from
+    )
+    conditioning_weight: NotNegative = (
+        1.0  # of the conditioning's own loss: twin_auxiliary, adc, contrastive, d2d_ce, multi_hinge
+    )
+    temperature: Positive = 0.5  # of the comparisons of contrastive and d2d_ce
 
     @property
     def has_penalty(self) -> bool:
-        return bool(self.r1_gamma or self.r2_gamma or self.wgan_gp_lambda)
+        """On the discriminator's gradient."""
+        return bool(self.r1_gamma or self.r2_gamma or self.wgan_gp_lambda or self.dragan_lambda)
+
+
+class ConsistencyConfig(Section):
+    """The discriminator shall not mind small changes: λ of mean squares of changes of its logit, 0 for none."""
+
+    real_weight: NotNegative = 0.0  # between a real image and the same mirrored and shifted
+    fake_weight: NotNegative = 0.0  # the same with generated ones
+    latent_weight: NotNegative = 0.0  # between the images of a latent and of one near it
+    latent_diversity_weight: NotNegative = 0.0  # by which the generator draws these two images apart
+    latent_noise: Positive = 0.07  # standard deviation between the two latents
+
+
+class AugmentationConfig(Section):
+    """What is done to images before the discriminator sees them."""
+
+    xflip: bool = False  # whether half of the real images, by chance, are mirrored
+    pipe: Literal["none", "diffaugment", "ada", "r3gan"] = "none"  # of real and generated images, within the game
+    probability: Scheduled[Share] = 1.0  # of each of its transformations
+    target: Annotated[Number, Field(ge=-1, le=1)] | None = None  # the mean sign of real images' logits that it adapts to
+    speed_kimg: Positive = 500.0  # in which it can adapt from 0 to 1
 
 
 class ClassificationConfig(Section):
@@ -117,9 +185,9 @@ class ClassificationConfig(Section):
 class OptimizerConfig(Section):
     """Adam for both networks."""
 
-    generator_lr: Positive = 3e-3
-    discriminator_lr: Positive = 1e-3
-    betas: tuple[Annotated[Number, Field(ge=0, lt=1)], Annotated[Number, Field(ge=0, lt=1)]] = (0.0, 0.9)
+    generator_lr: Scheduled[Positive] = 3e-3
+    discriminator_lr: Scheduled[Positive] = 1e-3
+    betas: tuple[Beta, Scheduled[Beta]] = (0.0, 0.9)
     eps: Positive = 1e-8
     clip_norm: NotNegative = 0.0  # gradients of a network with a larger norm are scaled down to it; 0: never
 
@@ -127,7 +195,8 @@ class OptimizerConfig(Section):
 class EmaConfig(Section):
     """The averaged generator that is evaluated and sampled."""
 
-    half_life_kimg: Positive = 2.0  # after so many images a weight counts half
+    half_life_kimg: Scheduled[NotNegative] = 2.0  # after so many images a weight counts half
+    ramp_up: Positive | None = None  # it is at most this share of the images so far
 
 
 class TrainConfig(Section):
@@ -286,7 +355,9 @@ class Config(Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     loss: LossConfig = LossConfig()
+    consistency: ConsistencyConfig = ConsistencyConfig()
     classification: ClassificationConfig = ClassificationConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig = EmaConfig()
     train: TrainConfig = TrainConfig()
@@ -309,11 +380,43 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _class_head_is_not_needed_elsewhere(self) -> "Config":
-        if self.classification.detach and self.model.conditioning == "auxiliary":
+        conditioning = self.model.conditioning
+        if self.classification.detach and conditioning in ("auxiliary", "twin_auxiliary"):
             raise ValueError(
-                "classification.detach=true and model.conditioning=auxiliary exclude each other: the generator learns "
+                f"classification.detach=true and model.conditioning={conditioning} exclude each other: the generator learns "
                 "its classes from the class head alone; choose another conditioning"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _multi_hinge_is_a_hinge(self) -> "Config":
+        if self.model.conditioning == "multi_hinge" and self.loss.adversarial != "hinge":
+            raise ValueError(
+                "model.conditioning=multi_hinge is the hinge loss of several classes: say loss.adversarial=hinge, not "
+                f"{self.loss.adversarial}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _path_length_has_styles(self) -> "Config":
+        if self.loss.path_length_weight and self.model.family != "stylegan2":
+            raise ValueError(
+                f"loss.path_length_weight is for model.family=stylegan2, whose generator has styles, not {self.model.family}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _augmentation_has_a_pipe(self) -> "Config":
+        augmentation = self.augmentation
+        if augmentation.target is not None:
+            if augmentation.pipe == "none":
+                raise ValueError(
+                    "augmentation.target adapts how often a pipe augments: name one, such as augmentation.pipe=ada"
+                )
+            if augmentation.probability != 1.0:
+                raise ValueError(
+                    "augmentation.target and augmentation.probability both say how often the pipe augments: leave out one"
+                )
         return self
 
     @model_validator(mode="after")
@@ -364,7 +467,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _float16_has_the_range(self) -> "Config":
-        if self.train.precision == "float16" and self.loss.has_penalty:
+        if self.train.precision == "float16" and (self.loss.has_penalty or self.loss.path_length_weight):
             raise ValueError(
                 "train.precision=float16 has too small a range for the second derivatives of a gradient penalty: use "
                 "bfloat16, tf32 or float32, or set the penalty's weight in loss to 0"
@@ -478,7 +581,7 @@ def _apply_override(values: dict, override: str) -> str | None:
 
 def _explain(entry: dict) -> str:
     # Parts in brackets or named like types are pydantic's names for the members of a union.
-    path = ".".join(str(part) for part in entry["loc"] if part != "str" and "[" not in str(part))
+    path = ".".join(str(part) for part in entry["loc"] if part not in ("str", "number", "cosine") and "[" not in str(part))
     if entry["type"] == "extra_forbidden":
         nearest = _nearest_key(path)
         return f"{path}: unknown key" + (f", did you mean '{nearest}'?" if nearest else "")

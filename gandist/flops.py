@@ -1,6 +1,7 @@
 """Floating-point operations, counted once at the start, and what a GPU could do of them in a second."""
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -45,20 +46,37 @@ def count_run(
     dtype: torch.dtype,
 ) -> dict[str, int]:
     """Of one image: a forward pass of either network, and all of training for each real image ("update")."""
-    latents = torch.zeros(1, config.model.latent_dim, device=device, dtype=dtype)
+
+    def zeros(*shape: int) -> torch.Tensor:
+        return torch.zeros(1, *shape, device=device, dtype=dtype)
+
+    latents, seen = zeros(config.model.latent_dim), torch.zeros((), device=device, dtype=dtype)
     labels = torch.zeros(1, dtype=torch.int64, device=device)
-    images = torch.zeros(1, config.data.channels, config.data.resolution, config.data.resolution, device=device, dtype=dtype)
-    mixing = [latents[:, 0]] if config.loss.wgan_gp_lambda else []
+    images = zeros(config.data.channels, config.data.resolution, config.data.resolution)
+    near = images if discriminating.wants_near else None
+    real = images if generating.adversarial.paired else None
     flops = {
         "generator": count_flops(generating.network, latents, labels),
         "discriminator": count_flops(discriminating.network, images, labels),
     }
-    beside = [images] if generating.adversarial.paired else []
-    with evaluating(discriminating.network):  # which the generator's objective holds unregistered: its copy's eval() misses it
-        discriminator_update = count_flops(discriminating, images, labels, images, labels, *mixing, backward=True)
-        generator_update = count_flops(generating, latents, labels, *beside, backward=True)
-    generator_update //= config.train.discriminator_updates
-    return flops | {"update": flops["generator"] + discriminator_update + generator_update}
+
+    def discriminator_update(penalized: bool) -> int:
+        noise = zeros(discriminating.columns.width)
+        return count_flops(discriminating, images, labels, images, near, labels, noise, seen, penalized, backward=True)
+
+    def generator_update(penalized: bool) -> int:
+        return count_flops(generating, latents, labels, zeros(generating.columns.width), seen, penalized, real, backward=True)
+
+    with evaluating(discriminating):  # which the generator's objective holds unregistered: its copy's eval() misses it
+        in_discriminator = _lazily(discriminator_update, config.loss.penalty_every)
+        in_generator = _lazily(generator_update, config.loss.path_length_every)
+    fakes = flops["generator"] * (1 if near is None else 2)
+    return flops | {"update": fakes + in_discriminator + in_generator // config.train.discriminator_updates}
+
+
+def _lazily(update: Callable[[bool], int], every: int) -> int:
+    """The mean over updates of which one of so many has a penalty."""
+    return update(True) if every == 1 else (update(True) + (every - 1) * update(False)) // every
 
 
 class _Counter(TorchDispatchMode):

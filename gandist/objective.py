@@ -1,36 +1,57 @@
 """The loss of each player, computed whole inside one module's forward: so it can be wrapped, reduced and compiled."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gandist.config import LossConfig
+from gandist.augment import SHIFT_AND_FLIP, Augmentation, shift_and_flip
+from gandist.config import Config, Cosine
 from gandist.errors import ConfigError
-from gandist.losses import ADVERSARIAL_LOSSES, CONTRASTS
+from gandist.losses import ADVERSARIAL_LOSSES, cross_entropy
 from gandist.models import Discriminator
-from gandist.models.heads import Head
-from gandist.penalties import input_gradient, interpolate, one_centered, zero_centered
+from gandist.penalties import (
+    PERTURBATION,
+    LeCam,
+    PathLength,
+    gradient_of,
+    interpolate,
+    one_centered,
+    orthogonal_penalty,
+    perturb,
+    weights_of_best,
+    zero_centered,
+)
+from gandist.randomness import Columns, normal_from_uniform
+from gandist.schedule import value_at
 
 Statistics = dict[str, torch.Tensor]  # names → scalars on the device, without gradient
 Autocast = Callable[[], AbstractContextManager]
 
 
+class Term(NamedTuple):
+    """Of a loss, [], by the name that it is logged under."""
+
+    name: str
+    value: torch.Tensor
+    weight: float | torch.Tensor = 1.0
+
+
 class Penalty(NamedTuple):
     name: str
-    weight: float
+    weight: float | Cosine
     function: Callable[[torch.Tensor], torch.Tensor]  # of the images' gradients [B, C, H, W] → []
 
 
-class Contrast(NamedTuple):
-    """Of images with each other."""
+class Batch(NamedTuple):
+    """What the discriminator is shown."""
 
-    weight: float
-    temperature: float
+    images: torch.Tensor  # [B, C, H, W] in [-1, 1]
+    labels: torch.Tensor  # int64 [B], −1 for none
+    uniforms: torch.Tensor  # [B, columns] in [0, 1), of which the augmentation is made
 
 
 class Verdict(NamedTuple):
@@ -38,62 +59,160 @@ class Verdict(NamedTuple):
 
     logits: torch.Tensor  # [B]
     class_logits: torch.Tensor  # [B, K]
-    embedding: torch.Tensor  # [B, E]
+    evidence: torch.Tensor  # [B, E]
     gradient: torch.Tensor | None = None  # of the logits with respect to the images, [B, C, H, W]
 
 
 class DiscriminatorObjective(nn.Module):
     """Tells real from made, and the classes of the real ones.
 
-    class_weight:      of the cross-entropy of the class head on real images
-    detach_class_head: whether only the class head itself learns from it
+    columns: the uniform numbers that it wants for each image
     Raises ConfigError where a gradient penalty meets a discriminator with batch norm.
     """
 
-    def __init__(
-        self,
-        discriminator: Discriminator,
-        loss: LossConfig,
-        *,
-        class_weight: float,
-        autocast: Autocast,
-        detach_class_head: bool = False,
-    ):
+    def __init__(self, discriminator: Discriminator, config: Config, autocast: Autocast):
         super().__init__()
+        loss, consistency = config.loss, config.consistency
         self.network = discriminator
-        self.adversarial = ADVERSARIAL_LOSSES[loss.adversarial]
-        self.class_weight = class_weight
-        discriminator.head.detached = detach_class_head
-        self.contrast = Contrast(loss.conditioning_weight, loss.temperature) if discriminator.head.contrast else None
+        self.network.head.detached = config.classification.detach
+        self.network.head.temperature = loss.temperature
         self.autocast = autocast
+        self.augmentation = Augmentation(config.augmentation, config.data.channels, config.train.batch_size)
+        self.adversarial = ADVERSARIAL_LOSSES[loss.adversarial]
+        self.class_weight = config.classification.weight
+        self.conditioning_weight = loss.conditioning_weight
+        self.lecam = LeCam() if loss.lecam_weight else None
+        self.lecam_weight = loss.lecam_weight
         penalties = {
             "real": Penalty("r1", loss.r1_gamma, zero_centered),
             "fake": Penalty("r2", loss.r2_gamma, zero_centered),
             "mixed": Penalty("wgan_gp", loss.wgan_gp_lambda, one_centered),
+            "perturbed": Penalty("dragan", loss.dragan_lambda, one_centered),
         }
         self.penalties = {images: penalty for images, penalty in penalties.items() if penalty.weight}
+        self.penalty_every = loss.penalty_every
+        weights = {
+            "changed_real": consistency.real_weight,
+            "changed_fake": consistency.fake_weight,
+            "near": consistency.latent_weight,
+        }
+        self.consistency = {images: weight for images, weight in weights.items() if weight}
+        self.latent_noise = consistency.latent_noise
+        self.columns = Columns(
+            real=self.augmentation.columns,
+            fake=self.augmentation.columns,
+            mixed=1 if "mixed" in self.penalties else 0,
+            perturbed=PERTURBATION if "perturbed" in self.penalties else 0,
+            changed_real=SHIFT_AND_FLIP if "changed_real" in self.consistency else 0,
+            changed_fake=SHIFT_AND_FLIP if "changed_fake" in self.consistency else 0,
+            near=config.model.latent_dim if "near" in self.consistency else 0,
+        )
         self._refuse_batch_norm()
+
+    @property
+    def wants_near(self) -> bool:
+        """Whether it compares generated images with those of latents nearby."""
+        return "near" in self.consistency
+
+    def near(self, latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Latents near these, [B, Z]; noise [B, columns] as in `forward`."""
+        return nearby(latents, self.columns.split(noise)["near"], self.latent_noise)
+
+    def judge(self, batch: Batch, seen: torch.Tensor) -> Verdict:
+        """As the generator, too, has its images judged."""
+        images = self.augmentation(batch.images, batch.uniforms, seen)
+        with self.autocast():
+            output = self.network(images, batch.labels)
+        return Verdict(*(each.to(images.dtype) for each in (output.logits, output.class_logits, output.evidence)))
 
     def forward(
         self,
         real: torch.Tensor,
         real_labels: torch.Tensor,
         fake: torch.Tensor,
+        near: torch.Tensor | None,
         fake_labels: torch.Tensor,
-        mixing: torch.Tensor | None = None,
+        noise: torch.Tensor,
+        seen: torch.Tensor,
+        penalized: bool,
     ) -> tuple[torch.Tensor, Statistics]:
-        """Images [B, C, H, W] in [-1, 1], labels int64 [B], −1 for none; mixing [B] in [0, 1], for WGAN-GP alone
-        → the loss [] and statistics."""
-        batches = {"real": (real, real_labels), "fake": (fake, fake_labels)}
-        if "mixed" in self.penalties:
-            batches["mixed"] = interpolate(real, fake, mixing), real_labels
-        verdicts = self._discriminate(
-            {name: batch for name, batch in batches.items() if name in self.penalties}, with_gradient=True
-        )
-        verdicts |= self._discriminate({name: batch for name, batch in batches.items() if name not in self.penalties})
+        """Images [B, C, H, W] in [-1, 1], labels int64 [B], −1 for none → the loss [] and statistics.
 
-        loss = self.adversarial.discriminator(verdicts["real"].logits, verdicts["fake"].logits)
-        statistics = {"loss/discriminator": loss}
+        near:      images like `fake` of latents near theirs, if `wants_near`
+        noise:     uniform in [0, 1), [B, columns.width]
+        seen:      images that the run has seen, [], of the images' dtype
+        penalized: whether with the gradient penalties
+        """
+        parts = self.columns.split(noise)
+        penalties = self.penalties if penalized else {}
+        batches = {"real": Batch(real, real_labels, parts["real"]), "fake": Batch(fake, fake_labels, parts["fake"])}
+        if "mixed" in penalties:
+            batches["mixed"] = batches["real"]._replace(images=interpolate(real, fake, parts["mixed"]))
+        if "perturbed" in penalties:
+            batches["perturbed"] = batches["real"]._replace(images=perturb(real, parts["perturbed"], together=self.training))
+        if "changed_real" in self.consistency:
+            batches["changed_real"] = batches["real"]._replace(images=shift_and_flip(real, parts["changed_real"]))
+        if "changed_fake" in self.consistency:
+            batches["changed_fake"] = batches["fake"]._replace(images=shift_and_flip(fake, parts["changed_fake"]))
+        if "near" in self.consistency:
+            batches["near"] = batches["fake"]._replace(images=near)
+        verdicts = self._discriminate(batches, penalties, seen)
+        if self.training:
+            self.augmentation.observe(verdicts["real"].logits)
+
+        terms = self._adversarial_terms(verdicts, real_labels, fake_labels)
+        for images, (name, weight, function) in penalties.items():
+            weight = value_at(weight, seen) * self.penalty_every
+            terms.append(Term(f"penalty/{name}", function(verdicts[images].gradient), weight))
+        for images, weight in self.consistency.items():
+            original = verdicts["real" if images == "changed_real" else "fake"]
+            change = (verdicts[images].logits - original.logits).square().mean()
+            terms.append(Term(f"consistency/{images}", change, weight))
+        if self.lecam:
+            terms.append(Term("penalty/lecam", self.lecam(verdicts["real"].logits, verdicts["fake"].logits), self.lecam_weight))
+        return summed(terms, {**self._describe(verdicts, real_labels), **self.augmentation.statistics(seen)})
+
+    def _discriminate(self, batches: Mapping[str, Batch], penalized: Collection[str], seen: torch.Tensor) -> dict[str, Verdict]:
+        """In as few passes as can be: one with gradients of the images, and one without."""
+        if self.network.trunk.couples_images:
+            passes = [[name] for name in batches]
+        else:
+            passes = [[name for name in batches if (name in penalized) == with_gradient] for with_gradient in (True, False)]
+        verdicts = {}
+        for names in filter(None, passes):
+            batch = Batch(*(torch.cat(parts) for parts in zip(*(batches[name] for name in names), strict=True)))
+            verdict = self._judge_with_gradient(batch, seen) if names[0] in penalized else self.judge(batch, seen)
+            parts = [output.chunk(len(names)) if output is not None else [None] * len(names) for output in verdict]
+            verdicts |= {name: Verdict(*part) for name, part in zip(names, zip(*parts, strict=True), strict=True)}
+        return verdicts
+
+    def _judge_with_gradient(self, batch: Batch, seen: torch.Tensor) -> Verdict:
+        def judge(images: torch.Tensor) -> tuple[torch.Tensor, Verdict]:
+            verdict = self.judge(batch._replace(images=images), seen)
+            return verdict.logits, tuple(verdict[:3])
+
+        gradient, verdict = gradient_of(judge, batch.images)
+        return Verdict(*verdict, gradient)
+
+    def _adversarial_terms(
+        self, verdicts: dict[str, Verdict], real_labels: torch.Tensor, fake_labels: torch.Tensor
+    ) -> list[Term]:
+        real, fake = verdicts["real"], verdicts["fake"]
+        head = self.network.head
+        terms = []
+        if not head.replaces_adversarial:
+            terms.append(Term("loss/discriminator", self.adversarial.discriminator(real.logits, fake.logits).mean()))
+        if real.class_logits.size(1):
+            # A mean over all images, labelled or not, so that ranks with more or fewer of them weigh alike.
+            terms.append(Term("loss/classification", cross_entropy(real.class_logits, real_labels).mean(), self.class_weight))
+        if head.conditions:
+            conditioning = head.discriminator_loss(real.evidence, real_labels, fake.evidence, fake_labels).mean()
+            name = "loss/discriminator" if head.replaces_adversarial else "loss/conditioning"
+            terms.append(Term(name, conditioning, self.conditioning_weight))
+        return terms
+
+    def _describe(self, verdicts: dict[str, Verdict], real_labels: torch.Tensor) -> Statistics:
+        statistics = {}
         for name in ("real", "fake"):
             logits = verdicts[name].logits
             right = (logits > 0) == (name == "real")
@@ -102,43 +221,9 @@ class DiscriminatorObjective(nn.Module):
             statistics[f"logits/{name}_accuracy"] = right.to(logits.dtype).mean()
         class_logits = verdicts["real"].class_logits
         if class_logits.size(1):
-            # A mean over all images, labelled or not, so that ranks with more or fewer of them weigh alike.
-            classification = F.cross_entropy(class_logits, real_labels, ignore_index=-1, reduction="sum") / len(real)
-            loss = loss + self.class_weight * classification
-            statistics["loss/classification"] = classification
-            statistics["classification/train_top1"] = (class_logits.argmax(1) == real_labels).to(loss.dtype).mean()
-            statistics["classification/labelled"] = (real_labels >= 0).to(loss.dtype).mean()
-        if self.contrast:
-            conditioning = compare(self.network.head, verdicts["real"].embedding, real_labels, self.contrast.temperature)
-            loss = loss + self.contrast.weight * conditioning
-            statistics["loss/conditioning"] = conditioning
-        for images, (name, weight, function) in self.penalties.items():
-            penalty = function(verdicts[images].gradient)
-            loss = loss + weight * penalty
-            statistics[f"penalty/{name}"] = penalty
-        return loss, {name: value.detach() for name, value in statistics.items()}
-
-    def _discriminate(
-        self, batches: dict[str, tuple[torch.Tensor, torch.Tensor]], *, with_gradient: bool = False
-    ) -> dict[str, Verdict]:
-        """One pass over all these (images, labels), which have a size in common."""
-        if not batches:
-            return {}
-        images, labels = (torch.cat(parts) for parts in zip(*batches.values(), strict=True))
-
-        def discriminate(images: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
-            with self.autocast():
-                output = self.network(images, labels)
-            logits, *others = (each.to(images.dtype) for each in (output.logits, output.class_logits, output.embedding))
-            return logits, (logits, *others)
-
-        if with_gradient:
-            gradient, outputs = input_gradient(discriminate, images)
-            outputs = *outputs, gradient
-        else:
-            _, outputs = discriminate(images)
-        parts = zip(*(output.chunk(len(batches)) for output in outputs), strict=True)
-        return {name: Verdict(*part) for name, part in zip(batches, parts, strict=True)}
+            statistics["classification/train_top1"] = (class_logits.argmax(1) == real_labels).to(logits.dtype).mean()
+            statistics["classification/labelled"] = (real_labels >= 0).to(logits.dtype).mean()
+        return statistics
 
     def _refuse_batch_norm(self) -> None:
         norms = [name for name, module in self.network.named_modules() if isinstance(module, _BatchNorm)]
@@ -154,26 +239,31 @@ class DiscriminatorObjective(nn.Module):
 class GeneratorObjective(nn.Module):
     """Makes images that the discriminator takes for real.
 
-    The discriminator is held without being registered: its parameters are the other player's, and are to be frozen
-    while this one is updated.
+    opponent: held without being registered: its parameters are the other player's, and are to be frozen while this one is
+              updated
+    columns: the uniform numbers that it wants for each image
     """
 
-    def __init__(
-        self,
-        generator: nn.Module,
-        discriminator: Discriminator,
-        loss: LossConfig,
-        *,
-        class_weight: float,
-        autocast: Autocast,
-    ):
+    def __init__(self, generator: nn.Module, opponent: DiscriminatorObjective, config: Config, autocast: Autocast):
         super().__init__()
+        loss, consistency = config.loss, config.consistency
         self.network = generator
-        self._opponent = (discriminator,)
-        self.adversarial = ADVERSARIAL_LOSSES[loss.adversarial]
-        self.class_weight = class_weight if discriminator.head.guides_generator else 0.0
-        self.contrast = Contrast(loss.conditioning_weight, loss.temperature) if discriminator.head.contrast else None
+        self._opponent = (opponent,)
         self.autocast = autocast
+        self.adversarial = ADVERSARIAL_LOSSES[loss.adversarial]
+        self.class_weight = config.classification.weight if opponent.network.head.guides_generator else 0.0
+        self.conditioning_weight = loss.conditioning_weight
+        self.top_k = loss.top_k
+        self.orthogonal_weight = loss.orthogonal_weight
+        self.path_length = PathLength() if loss.path_length_weight else None
+        self.path_length_weight = loss.path_length_weight * loss.path_length_every
+        self.diversity_weight = consistency.latent_diversity_weight
+        self.latent_noise = consistency.latent_noise
+        self.columns = Columns(
+            fake=opponent.augmentation.columns,
+            real=opponent.augmentation.columns if self.adversarial.paired else 0,
+            near=config.model.latent_dim if self.diversity_weight else 0,
+        )
 
     def generate(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """latents [B, Z], labels int64 [B] → images [B, C, H, W] in [-1, 1], of the latents' dtype"""
@@ -181,36 +271,79 @@ class GeneratorObjective(nn.Module):
             return self.network(latents, labels).to(latents.dtype)
 
     def forward(
-        self, latents: torch.Tensor, labels: torch.Tensor, real: torch.Tensor | None = None
+        self,
+        latents: torch.Tensor,
+        labels: torch.Tensor,
+        noise: torch.Tensor,
+        seen: torch.Tensor,
+        penalized: bool,
+        real: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Statistics]:
-        """latents [B, Z], labels int64 [B]; real: images of these labels [B, C, H, W], for a paired loss → the loss [] and
-        statistics."""
-        (discriminator,) = self._opponent
-        fake = self.generate(latents, labels)
-        with self.autocast():
-            output = discriminator(fake, labels)
-        judged = [output.logits.to(fake.dtype)]
+        """latents [B, Z], labels int64 [B] → the loss [] and statistics.
+
+        noise, seen: as for the discriminator
+        penalized:   whether with the path length penalty
+        real:        images of these labels [B, C, H, W], for a paired loss
+        """
+        (opponent,) = self._opponent
+        parts = self.columns.split(noise)
+        lengthy = penalized and self.path_length is not None
+        fake, path_length = (
+            self._generate_with_path_length(latents, labels) if lengthy else (self.generate(latents, labels), None)
+        )
+        verdict = opponent.judge(Batch(fake, labels, parts["fake"]), seen)
+        judged = [verdict.logits]
         if self.adversarial.paired:
-            with torch.no_grad(), self.autocast():
-                judged.append(discriminator(real, labels).logits.to(fake.dtype))
-        adversarial = self.adversarial.generator(*judged)
-        loss = adversarial
-        statistics = {"loss/generator": adversarial}
+            with torch.no_grad():
+                judged.append(opponent.judge(Batch(real, labels, parts["real"]), seen).logits)
+        terms = self._adversarial_terms(verdict, labels, judged, seen)
+        if lengthy:
+            terms.append(Term("penalty/path_length", path_length, self.path_length_weight))
+        if self.diversity_weight:
+            near = self.generate(nearby(latents, parts["near"], self.latent_noise), labels)
+            terms.append(Term("consistency/diversity", (fake - near).square().mean(), -self.diversity_weight))
+        if self.orthogonal_weight:
+            terms.append(Term("penalty/orthogonal", orthogonal_penalty(self.network), self.orthogonal_weight))
+        return summed(terms, {})
+
+    def _adversarial_terms(
+        self, fake: Verdict, labels: torch.Tensor, judged: list[torch.Tensor], seen: torch.Tensor
+    ) -> list[Term]:
+        """judged: the logits that the adversarial loss takes"""
+        (opponent,) = self._opponent
+        head = opponent.network.head
+        terms = []
+        if not head.replaces_adversarial:
+            losses = self.adversarial.generator(*judged)
+            if self.top_k != 1:
+                losses = losses * weights_of_best(fake.logits, value_at(self.top_k, seen), together=self.training)
+            terms.append(Term("loss/generator", losses.mean()))
         if self.class_weight:
-            classification = F.cross_entropy(output.class_logits.to(fake.dtype), labels)
-            loss = loss + self.class_weight * classification
-            statistics["loss/generator_classification"] = classification
-        if self.contrast:
-            conditioning = compare(discriminator.head, output.embedding.to(fake.dtype), labels, self.contrast.temperature)
-            loss = loss + self.contrast.weight * conditioning
-            statistics["loss/generator_conditioning"] = conditioning
-        return loss, {name: value.detach() for name, value in statistics.items()}
+            classification = cross_entropy(fake.class_logits, labels).mean()
+            terms.append(Term("loss/generator_classification", classification, self.class_weight))
+        if head.conditions:
+            conditioning = head.generator_loss(fake.evidence, labels).mean()
+            name = "loss/generator" if head.replaces_adversarial else "loss/generator_conditioning"
+            terms.append(Term(name, conditioning, self.conditioning_weight))
+        return terms
+
+    def _generate_with_path_length(self, latents: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def synthesize(styles: torch.Tensor) -> torch.Tensor:
+            with self.autocast():
+                return self.network.synthesize(styles, latents).to(latents.dtype)
+
+        with self.autocast():
+            styles = self.network.styles(latents, labels).to(latents.dtype)
+        return self.path_length(synthesize, styles, latents)
 
 
-def compare(head: Head, embedding: torch.Tensor, labels: torch.Tensor, temperature: float) -> torch.Tensor:
-    """The mean over these images of how each compares with those of the global batch, []; unlabelled ones are left out."""
-    others, other_labels, left_out = head.others(embedding, labels)
-    to_proxy = (embedding * head.proxies_of(labels)).sum(1, keepdim=True)
-    alike = labels[:, None] == other_labels
-    losses = CONTRASTS[head.contrast](to_proxy, embedding @ others.T, alike, left_out, temperature)
-    return torch.where(labels >= 0, losses, 0).sum() / len(labels)
+def nearby(latents: torch.Tensor, uniforms: torch.Tensor, deviation: float) -> torch.Tensor:
+    """Latents [B, Z] with normal noise made of uniforms [B, Z] added."""
+    return latents + deviation * normal_from_uniform(uniforms)
+
+
+def summed(terms: list[Term], statistics: Statistics) -> tuple[torch.Tensor, Statistics]:
+    """The loss [], and the statistics with all its terms."""
+    loss = sum((term.weight * term.value for term in terms[1:]), terms[0].weight * terms[0].value)
+    values = {term.name: term.value for term in terms} | statistics
+    return loss, {name: value.detach() for name, value in values.items()}

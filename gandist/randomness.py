@@ -14,8 +14,10 @@ class Purpose(IntEnum):
     GENERATOR = 1
     EVALUATION = 2
     SAMPLES = 3
-    MIXING = 4
+    DISCRIMINATOR_NOISE = 4
     STANDING_STATISTICS = 5
+    GENERATOR_NOISE = 6
+    FLIPS = 7
 
 
 def random_stream(seed: int, purpose: Purpose, *key: int) -> np.random.Generator:
@@ -59,10 +61,28 @@ class StepRandomness:
             labels = np.full(self.batch_size, -1)
         return latents[self._mine], torch.from_numpy(labels[self._mine])
 
-    def draw_uniform(self, purpose: Purpose, step: int, update: int = 0) -> torch.Tensor:
-        """float32 in [0, 1), [B / world_size]"""
-        return torch.from_numpy(random_stream(self.seed, purpose, step, update).random(self.batch_size, np.float32)[self._mine])
+    def draw_uniform(self, purpose: Purpose, step: int, update: int, width: int) -> torch.Tensor:
+        """float32 in [0, 1), [B / world_size, width]"""
+        stream = random_stream(self.seed, purpose, step, update)
+        return torch.from_numpy(stream.random((self.batch_size, width), np.float32)[self._mine])
 
     @property
     def _mine(self) -> slice:
         return slice(self.rank, None, self.world_size)
+
+
+class Columns:
+    """What the uniform numbers of an image are for: so many for each name."""
+
+    def __init__(self, **widths: int):
+        self.widths = widths
+        self.width = sum(widths.values())
+
+    def split(self, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+        """[B, width] → name: [B, its width]"""
+        return dict(zip(self.widths, numbers.split(list(self.widths.values()), 1), strict=True))
+
+
+def normal_from_uniform(uniforms: torch.Tensor) -> torch.Tensor:
+    """Standard normal numbers of uniform float32 ones in [0, 1), which are multiples of 2⁻²⁴."""
+    return 2**0.5 * torch.erfinv(2 * uniforms + (2**-24 - 1))

@@ -12,6 +12,7 @@ from torch.profiler import record_function
 
 import gandist
 from gandist import checkpoint
+from gandist.augment import flip
 from gandist.config import Config
 from gandist.data import DeviceBatch, normalize, open_dataset, upload
 from gandist.distributed import World
@@ -26,7 +27,8 @@ from gandist.objective import DiscriminatorObjective, GeneratorObjective
 from gandist.preemption import Stopped, StopRequest
 from gandist.preview import Preview
 from gandist.profiling import StepProfiler
-from gandist.randomness import Purpose, StepRandomness
+from gandist.randomness import Columns, Purpose, StepRandomness
+from gandist.schedule import number_at, scheduled
 from gandist.summary import describe, summarize
 from gandist.tracking import Meter, Scalars, Tracker, open_trackers
 from gandist.watchdog import Watchdog
@@ -77,16 +79,15 @@ class Trainer:
         torch.manual_seed(config.seed)
         generator = build_generator(config.model, config.data).to(**placement)
         discriminator = build_discriminator(config.model, config.data).to(**placement)
-        self.ema = ExponentialMovingAverage(generator, half_life=config.ema.half_life_kimg * 1000)
+        self.ema = ExponentialMovingAverage(generator, config.ema)
         if config.train.activation_checkpointing:
             recompute_activations(generator)
             recompute_activations(discriminator)
 
         # Give each its objective.
-        terms = {"class_weight": config.classification.weight, "autocast": self.precision.autocast}
-        detach = config.classification.detach
-        discriminating = DiscriminatorObjective(discriminator, config.loss, detach_class_head=detach, **terms)
-        generating = GeneratorObjective(generator, discriminator, config.loss, **terms)
+        autocast = self.precision.autocast
+        discriminating = DiscriminatorObjective(discriminator, config, autocast).to(world.device)
+        generating = GeneratorObjective(generator, discriminating, config, autocast).to(world.device)
         self.flops = count_run(config, discriminating, generating, world.device, self.precision.dtype) if world.is_main else {}
         self.paired = generating.adversarial.paired
         self.generate = generating.generate
@@ -178,27 +179,33 @@ class Trainer:
 
     def train_step(self, batches: Iterator[DeviceBatch]) -> None:
         """One iteration of Goodfellow et al. 2014 (1406.2661), algorithm 1: updates of D, one of G, one of the average."""
-        count = self.accumulation
-        for update in range(self.config.train.discriminator_updates):
-            real, real_labels = self._next_real(batches)
+        train, loss, count = self.config.train, self.config.loss, self.accumulation
+        seen = torch.full((), self.images, dtype=self.precision.dtype, device=self.world.device)
+        for update in range(train.discriminator_updates):
+            real, real_labels = self._next_real(batches, update)
             with record_function("discriminator update"):
                 latents, labels = self._latents(Purpose.DISCRIMINATOR, update)
                 labels = real_labels if self.paired else labels
-                drawn = real, real_labels, latents, labels, *self._mixing(update)
+                noise = self._noise(Purpose.DISCRIMINATOR_NOISE, update, self.discriminator.objective.columns)
+                penalized = (self.step * train.discriminator_updates + update) % loss.penalty_every == 0
+                drawn = real, real_labels, latents, labels, noise
                 micro_batches = zip(*(each.chunk(count) for each in drawn), strict=True)
-                inputs = ((x, y, self._fake(z, c), c, *mixing) for x, y, z, c, *mixing in micro_batches)
-                self.meter.update(self.discriminator.update(inputs, count, self.step + 1))
+                inputs = ((x, y, *self._fakes(z, c, u), seen, penalized) for x, y, z, c, u in micro_batches)
+                self.meter.update(self.discriminator.update(inputs, count, self.step + 1, self.images))
 
         latents, labels = self._latents(Purpose.GENERATOR)
-        drawn = latents, labels
+        noise = self._noise(Purpose.GENERATOR_NOISE, 0, self.generator.objective.columns)
+        drawn = latents, labels, noise
         if self.paired:
-            real, real_labels = self._next_real(batches)
-            drawn = latents, real_labels, real
+            real, real_labels = self._next_real(batches, train.discriminator_updates)
+            drawn = latents, real_labels, noise, real
+        penalized = self.step % loss.path_length_every == 0
         with record_function("generator update"), frozen(self.discriminator.network):
-            inputs = zip(*(each.chunk(count) for each in drawn), strict=True)
-            self.meter.update(self.generator.update(inputs, count, self.step + 1))
+            micro_batches = zip(*(each.chunk(count) for each in drawn), strict=True)
+            inputs = ((z, c, u, seen, penalized, *real) for z, c, u, *real in micro_batches)
+            self.meter.update(self.generator.update(inputs, count, self.step + 1, self.images))
 
-        self.ema.update(self.images_per_step)
+        self.ema.update(self.images_per_step, self.images)
         self.step += 1
         self.images += self.images_per_step
         self.measured = {}
@@ -270,7 +277,7 @@ class Trainer:
         batch_size = self.config.train.batch_size
         return self.train_set.training_batches(seed=self.config.seed, batch_size=batch_size, start=self.position)
 
-    def _next_real(self, batches: Iterator[DeviceBatch]) -> tuple[torch.Tensor, torch.Tensor]:
+    def _next_real(self, batches: Iterator[DeviceBatch], update: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Images [B / world_size, C, H, W] in [-1, 1] and their labels, on the device."""
         start = time.perf_counter()
         self.watchdog.doing(f"waiting for data after step {self.step}")
@@ -279,23 +286,28 @@ class Trainer:
         self.watchdog.doing(f"computing step {self.step + 1}, or waiting for other ranks in it")
         self.data_wait += time.perf_counter() - start
         self.skipped += skipped.values()
-        return normalize(images, self.precision.dtype), labels
+        images = normalize(images, self.precision.dtype)
+        if self.config.augmentation.xflip:
+            images = flip(images, self._noise(Purpose.FLIPS, update, Columns(xflip=1))[:, 0])
+        return images, labels
 
     def _latents(self, purpose: Purpose, update: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         latents, labels = self.randomness.draw(purpose, self.step, update)
         device = self.world.device
         return upload(latents, device).to(self.precision.dtype), upload(labels, device)
 
-    def _mixing(self, update: int) -> list[torch.Tensor]:
-        """For WGAN-GP: the share of the real image in each interpolate, [B / world_size]."""
-        if not self.config.loss.wgan_gp_lambda:
-            return []
-        mixing = self.randomness.draw_uniform(Purpose.MIXING, self.step, update)
-        return [upload(mixing, self.world.device).to(self.precision.dtype)]
+    def _noise(self, purpose: Purpose, update: int, columns: Columns) -> torch.Tensor:
+        """float32 [B / world_size, columns]"""
+        return upload(self.randomness.draw_uniform(purpose, self.step, update, columns.width), self.world.device)
 
     @torch.no_grad()
-    def _fake(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return self.generate(latents, labels)
+    def _fakes(
+        self, latents: torch.Tensor, labels: torch.Tensor, noise: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """The discriminator's: images, of latents near these as well if it wants them, the labels and the noise."""
+        objective = self.discriminator.objective
+        near = self.generate(objective.near(latents, noise), labels) if objective.wants_near else None
+        return self.generate(latents, labels), near, labels, noise
 
     def _due(self, every_kimg: float) -> bool:
         """Whether this step reached or passed a multiple of the interval, or the end."""
@@ -319,9 +331,10 @@ class Trainer:
         seconds = time.perf_counter() - self.interval_start
         rate = (self.images - self.interval_images) / seconds
         values |= {
-            "lr/generator": self.config.optimizer.generator_lr,
-            "lr/discriminator": self.config.optimizer.discriminator_lr,
+            **{f"lr/{player.name}": player.rates(self.images)["lr"] for player in (self.generator, self.discriminator)},
+            **{f"schedule/{key}": number_at(cosine, self.images) for key, cosine in scheduled(self.config)},
             "ema/distance": self.ema.distance().item(),
+            "ema/half_life_kimg": self.ema.half_life(self.images) / 1000,
             "throughput/images_per_second": rate,
             "throughput/data_wait": self.data_wait / seconds,
             "memory/peak_gib": _peak_memory(self.world.device) / 2**30,

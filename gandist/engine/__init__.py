@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from gandist.config import Config
+from gandist.config import Config, Cosine
 from gandist.distributed import World
 from gandist.engine.ddp import DDPPlayer
 from gandist.engine.player import Player, frozen
@@ -29,7 +29,9 @@ def compile_objective(objective: nn.Module) -> None:
     objective.compile()
 
 
-def build_player(name: str, objective: nn.Module, config: Config, world: World, precision: Precision, *, lr: float) -> Player:
+def build_player(
+    name: str, objective: nn.Module, config: Config, world: World, precision: Precision, *, lr: float | Cosine
+) -> Player:
     """name: as errors and statistics call it; lr: Adam's learning rate. Takes the objective's parameters as they are."""
     if config.engine == "deepspeed":
         from gandist.engine.zero import DeepSpeedPlayer  # which loads DeepSpeed

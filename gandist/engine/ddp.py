@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gandist.config import Config
+from gandist.config import Config, Cosine
 from gandist.distributed import World
 from gandist.engine.player import AdamState, Player, adam_state
 from gandist.engine.precision import Precision
@@ -24,10 +24,12 @@ warnings.filterwarnings("ignore", message="Grad strides do not match bucket view
 class DDPPlayer(Player):
     """DDP around the objective, compiled where asked, with fused Adam and, in float16, a loss scale."""
 
-    def __init__(self, name: str, objective: nn.Module, config: Config, world: World, precision: Precision, *, lr: float):
-        super().__init__(name, objective, config, world, precision)
+    def __init__(
+        self, name: str, objective: nn.Module, config: Config, world: World, precision: Precision, *, lr: float | Cosine
+    ):
+        super().__init__(name, objective, config, world, precision, lr)
         self.parameters = list(self.network.parameters())
-        self.optimizer = torch.optim.Adam(self.parameters, lr, config.optimizer.betas, config.optimizer.eps, fused=True)
+        self.optimizer = torch.optim.Adam(self.parameters, **self.rates(0), eps=config.optimizer.eps, fused=True)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision.name == "float16")
         self._loss_scale = torch.tensor([self.scaler.get_scale(), 0.0])
         self.parallel = DistributedDataParallel(
@@ -59,7 +61,12 @@ class DDPPlayer(Player):
         if self.scaler.is_enabled():
             state = self.scaler.state_dict()
             self._loss_scale.copy_(torch.tensor([state["scale"], state["_growth_tracker"]]))
-        return {"network": self.network.state_dict(), "optimizer": self._adam_state(), "loss_scale": self._loss_scale}
+        return {
+            "network": self.network.state_dict(),
+            "objective": self.objective_state(),
+            "optimizer": self._adam_state(),
+            "loss_scale": self._loss_scale,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         if self.scaler.is_enabled():

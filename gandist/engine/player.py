@@ -7,12 +7,13 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import nn
 
-from gandist.config import Config
+from gandist.config import Config, Cosine
 from gandist.distributed import World
 from gandist.engine.guard import NumericalGuard
 from gandist.engine.precision import Precision
 from gandist.models.spectral_norm import power_iteration
 from gandist.objective import Statistics
+from gandist.schedule import number_at
 
 AdamState = dict[str, dict[str, torch.Tensor]]  # parameter name → "step", "exp_avg", "exp_avg_sq"
 
@@ -23,8 +24,10 @@ class Player(ABC):
     The objective's forward is the whole loss, so that the engine sees a single backward pass for each micro-batch.
     """
 
-    def __init__(self, name: str, objective: nn.Module, config: Config, world: World, precision: Precision):
+    def __init__(self, name: str, objective: nn.Module, config: Config, world: World, precision: Precision, lr: float | Cosine):
         self.name = name
+        self.lr = lr
+        self.betas = config.optimizer.betas
         self.objective = objective
         self.network: nn.Module = objective.network
         self.clip_norm = config.optimizer.clip_norm
@@ -32,11 +35,19 @@ class Player(ABC):
         stops = config.train.non_finite == "stop" and precision.name != "float16"
         self.guard = NumericalGuard(name, world.device, stops=stops)
 
-    def update(self, micro_batches: Iterable[tuple[torch.Tensor, ...]], count: int, step: int) -> list[Statistics]:
+    def rates(self, seen: int) -> dict:
+        """Adam's learning rate and betas after so many images."""
+        first, second = self.betas
+        return {"lr": number_at(self.lr, seen), "betas": (first, number_at(second, seen))}
+
+    def update(self, micro_batches: Iterable[tuple], count: int, step: int, seen: int) -> list[Statistics]:
         """One optimizer step, in the run's step number `step`, on `count` micro-batches: inputs of the objective.
 
+        seen: images before the step, which rates may follow
         Gradients are exchanged once. Returns this rank's statistics of each micro-batch and of the step, on the device.
         """
+        for group in self.optimizer.param_groups:
+            group.update(self.rates(seen))
         power_iteration(self.network)
         collected = []
         for number, inputs in enumerate(micro_batches, start=1):
@@ -50,6 +61,7 @@ class Player(ABC):
     # What an engine brings.
 
     parallel: Callable[..., tuple[torch.Tensor, Statistics]]  # the objective, wrapped
+    optimizer: torch.optim.Adam
 
     @abstractmethod
     def exchanging(self, last: bool) -> AbstractContextManager:
@@ -64,7 +76,11 @@ class Player(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict:
-        """The tensors of the network and of Adam, by parameter name; equal on all ranks."""
+        """The tensors of the network, of the objective beside it, and of Adam, by parameter name; equal on all ranks."""
+
+    def objective_state(self) -> dict[str, torch.Tensor]:
+        """The live tensors that the objective itself keeps: running means, the probability of augmentation."""
+        return {name: value for name, value in self.objective.state_dict().items() if not name.startswith("network.")}
 
     @abstractmethod
     def load_state_dict(self, state: dict) -> None:

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from gandist.config import Config
+from gandist.config import Config, Cosine
 from gandist.distributed import World
 from gandist.engine.player import AdamState, Player, adam_state
 from gandist.engine.precision import Precision
@@ -28,13 +28,15 @@ class DeepSpeedPlayer(Player):
     averaged gradient; after the step the ranks gather each other's weights. Stage 0 keeps all of it on every rank.
     """
 
-    def __init__(self, name: str, objective: nn.Module, config: Config, world: World, precision: Precision, *, lr: float):
-        super().__init__(name, objective, config, world, precision)
+    def __init__(
+        self, name: str, objective: nn.Module, config: Config, world: World, precision: Precision, *, lr: float | Cosine
+    ):
+        super().__init__(name, objective, config, world, precision, lr)
         deepspeed = _import_deepspeed(world)
         objective.to(memory_format=torch.contiguous_format)  # DeepSpeed broadcasts weights as bytes, of whole rows
         self.sharded = config.stage > 0
         self.parameters = dict(self.network.named_parameters())
-        adam = torch.optim.Adam(self.parameters.values(), lr, config.optimizer.betas, config.optimizer.eps, fused=True)
+        adam = torch.optim.Adam(self.parameters.values(), **self.rates(0), eps=config.optimizer.eps, fused=True)
         adam.register_step_pre_hook(self._before_adam)
         self.optimizer = adam
         self._loss_scale = torch.tensor([1.0, 0.0])  # none: for checkpoints that other engines read
@@ -67,7 +69,12 @@ class DeepSpeedPlayer(Player):
 
     def state_dict(self) -> dict:
         """The live tensors but for Adam's, which are gathered: `load_state_dict` takes over what is written into them."""
-        return {"network": self.network.state_dict(), "optimizer": self._adam_state(), "loss_scale": self._loss_scale}
+        return {
+            "network": self.network.state_dict(),
+            "objective": self.objective_state(),
+            "optimizer": self._adam_state(),
+            "loss_scale": self._loss_scale,
+        }
 
     def load_state_dict(self, state: dict) -> None:
         if not self.sharded:

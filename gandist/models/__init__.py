@@ -13,10 +13,13 @@ from gandist.models.heads import (
     AuxiliaryClassifierHead,
     ContrastiveHead,
     D2DCEHead,
+    DiscriminativeClassifierHead,
     Discriminator,
     DiscriminatorOutput,
+    MultiHingeHead,
     ProjectionHead,
     PureProjectionHead,
+    TwinAuxiliaryHead,
     UnconditionalHead,
 )
 from gandist.models.layers import Block
@@ -56,8 +59,11 @@ FAMILIES = {
 HEADS = {
     "projection": ProjectionHead,
     "auxiliary": AuxiliaryClassifierHead,
+    "twin_auxiliary": TwinAuxiliaryHead,
+    "adc": DiscriminativeClassifierHead,
     "contrastive": ContrastiveHead,
     "d2d_ce": D2DCEHead,
+    "multi_hinge": MultiHingeHead,
     "none": UnconditionalHead,
 }
 

@@ -1,15 +1,17 @@
-"""What the discriminator says of an image: trunk features → adversarial logit, class logits, and an embedding.
+"""What the discriminator says of an image: trunk features → adversarial logit, class logits, and evidence of the class.
 
-One head a conditioning method. Each is built of the number of features, the number of classes, and what the family makes of a
-layer.
+One head a conditioning method, with the loss by which it conditions, if it has one of its own. Each is built of the number of
+features, the number of classes, and what the family makes of a layer.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from gandist.losses import conditional_contrastive, cross_entropy, data_to_data_cross_entropy, multi_hinge
 from gandist.models.layers import Layer, gather_over_ranks, rank_and_size
 
 EMBEDDING = 512  # features of what images are compared by, as ContraGAN and ReACGAN have them
@@ -19,32 +21,47 @@ class DiscriminatorOutput(NamedTuple):
     logits: torch.Tensor  # [B], above 0 for real
     class_logits: torch.Tensor  # [B, K]
     features: torch.Tensor  # [B, F]
-    embedding: torch.Tensor  # [B, E], by which images are compared with each other; E = 0 where they are not
+    evidence: torch.Tensor  # [B, E], what the head's own loss is made of; E = 0 where it has none
 
 
 class Head(nn.Module):
     """guides_generator: whether the generator, too, is trained to be classified rightly; where the adversarial logit itself
                       knows the label, it need not be
-    contrast: how images of a batch are compared with each other: a key of losses.CONTRASTS
-    detached: whether the trunk learns nothing from the class head
+    conditions:           whether there is a conditioning loss, `discriminator_loss` and `generator_loss`
+    replaces_adversarial: whether that loss also tells real from made
+    detached:             whether the trunk learns nothing from the class head
+    temperature:          of comparisons of images
     """
 
     guides_generator = False
-    contrast: str | None = None
+    conditions = False
+    replaces_adversarial = False
     detached = False
+    temperature = 1.0
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """features [B, F], labels int64 [B], −1 for none → logits [B], class_logits [B, K], embedding [B, E]"""
-        return self.judge(features, labels), self.classify(features), self.embed(features)
+        """features [B, F], labels int64 [B], −1 for none → logits [B], class_logits [B, K], evidence [B, E]"""
+        evidence = self.weigh(features)
+        return self.judge(features, labels, evidence), self.classify(features), evidence
 
-    def judge(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def judge(self, features: torch.Tensor, labels: torch.Tensor, evidence: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
     def classify(self, features: torch.Tensor) -> torch.Tensor:
         return self.classifier(features.detach() if self.detached else features)
 
-    def embed(self, features: torch.Tensor) -> torch.Tensor:
+    def weigh(self, features: torch.Tensor) -> torch.Tensor:
         return features[:, :0]
+
+    def discriminator_loss(
+        self, real: torch.Tensor, real_labels: torch.Tensor, fake: torch.Tensor, fake_labels: torch.Tensor
+    ) -> torch.Tensor:
+        """Of the evidence of real and of generated images [B, E] and their labels [B] → [B]; unlabelled ones are left out."""
+        raise NotImplementedError
+
+    def generator_loss(self, fake: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Of the evidence of generated images [B, E] and their labels [B] → [B]"""
+        raise NotImplementedError
 
 
 class LinearHead(Head):
@@ -54,7 +71,7 @@ class LinearHead(Head):
         super().__init__()
         self.adversarial = layer(nn.Linear(features, 1))
 
-    def judge(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def judge(self, features: torch.Tensor, labels: torch.Tensor, evidence: torch.Tensor) -> torch.Tensor:
         return self.adversarial(features).squeeze(1)
 
 
@@ -66,9 +83,9 @@ class ProjectionHead(LinearHead):
         self.embedding = layer(nn.Embedding(num_classes, features))
         self.classifier = nn.Linear(features, num_classes)
 
-    def judge(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def judge(self, features: torch.Tensor, labels: torch.Tensor, evidence: torch.Tensor) -> torch.Tensor:
         match = (self.embedding(labels.clamp(min=0)) * features).sum(1) * (labels >= 0)
-        return super().judge(features, labels) + match
+        return super().judge(features, labels, evidence) + match
 
 
 class PureProjectionHead(Head):
@@ -81,7 +98,7 @@ class PureProjectionHead(Head):
         self.classifier = nn.Linear(features, num_classes)
         nn.init.normal_(self.embedding.weight, std=(num_classes * features) ** -0.5)
 
-    def judge(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def judge(self, features: torch.Tensor, labels: torch.Tensor, evidence: torch.Tensor) -> torch.Tensor:
         return (self.embedding(labels) * self.project(features)).sum(1)
 
 
@@ -104,41 +121,130 @@ class AuxiliaryClassifierHead(LinearHead):
         self.classifier = nn.Linear(features, num_classes)
 
 
-class ComparingHead(LinearHead):
-    """Images are compared with each other and with a proxy of their class. The classifier is there for classification alone."""
+class ConditioningHead(LinearHead):
+    """With a conditioning loss of its own. The classifier is there for classification alone, unless the generator is guided."""
+
+    conditions = True
+
+    def __init__(self, features: int, num_classes: int, layer: Layer):
+        super().__init__(features, num_classes, layer)
+        self.classifier = nn.Linear(features, num_classes)
+
+
+class TwinAuxiliaryHead(ConditioningHead):
+    """A second classifier learns from generated images, and the generator, besides answering to the first, keeps this twin from
+    telling their classes (TAC-GAN, Gong et al. 2019, 1907.02690, equation 8)."""
+
+    guides_generator = True
+
+    def __init__(self, features: int, num_classes: int, layer: Layer):
+        super().__init__(features, num_classes, layer)
+        self.twin = nn.Linear(features, num_classes)
+
+    def weigh(self, features: torch.Tensor) -> torch.Tensor:
+        return self.twin(features)
+
+    def discriminator_loss(
+        self, real: torch.Tensor, real_labels: torch.Tensor, fake: torch.Tensor, fake_labels: torch.Tensor
+    ) -> torch.Tensor:
+        return cross_entropy(fake, fake_labels)
+
+    def generator_loss(self, fake: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return -cross_entropy(fake, labels)
+
+
+class DiscriminativeClassifierHead(ConditioningHead):
+    """A classifier of 2K classes, real ones and generated ones (ADC-GAN, Hou et al. 2022, 2107.10060, equation 9)."""
+
+    def __init__(self, features: int, num_classes: int, layer: Layer):
+        super().__init__(features, num_classes, layer)
+        self.num_classes = num_classes
+        self.discriminative = layer(nn.Linear(features, 2 * num_classes))
+
+    def weigh(self, features: torch.Tensor) -> torch.Tensor:
+        return self.discriminative(features)
+
+    def discriminator_loss(
+        self, real: torch.Tensor, real_labels: torch.Tensor, fake: torch.Tensor, fake_labels: torch.Tensor
+    ) -> torch.Tensor:
+        return cross_entropy(real, real_labels) + cross_entropy(fake, self.num_classes + fake_labels)
+
+    def generator_loss(self, fake: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(fake, labels) - cross_entropy(fake, self.num_classes + labels)
+
+
+class MultiHingeHead(Head):
+    """A classifier of K + 1 classes, the last of which is `generated` (Kavalerov et al. 2019, 1912.04216, section 3). The logit
+    is the margin between the likeliest of the others and it."""
+
+    conditions = True
+    replaces_adversarial = True
+
+    def __init__(self, features: int, num_classes: int, layer: Layer):
+        super().__init__()
+        self.scores = layer(nn.Linear(features, num_classes + 1))
+        self.classifier = nn.Linear(features, num_classes)
+
+    def judge(self, features: torch.Tensor, labels: torch.Tensor, evidence: torch.Tensor) -> torch.Tensor:
+        return evidence[:, :-1].amax(1) - evidence[:, -1]
+
+    def weigh(self, features: torch.Tensor) -> torch.Tensor:
+        return self.scores(features)
+
+    def discriminator_loss(
+        self, real: torch.Tensor, real_labels: torch.Tensor, fake: torch.Tensor, fake_labels: torch.Tensor
+    ) -> torch.Tensor:
+        generated = torch.full_like(fake_labels, fake.size(1) - 1)
+        return multi_hinge(real, real_labels) + multi_hinge(fake, generated)
+
+    def generator_loss(self, fake: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return multi_hinge(fake, labels)
+
+
+class ComparingHead(ConditioningHead):
+    """Images are compared with each other, over all ranks, and with a proxy of their class."""
+
+    compare: Callable[..., torch.Tensor]  # as losses.conditional_contrastive
 
     def __init__(self, features: int, num_classes: int, layer: Layer):
         super().__init__(features, num_classes, layer)
         self.project = layer(nn.Linear(features, EMBEDDING))
         self.proxies = layer(nn.Embedding(num_classes, EMBEDDING))
-        self.classifier = nn.Linear(features, num_classes)
 
-    def embed(self, features: torch.Tensor) -> torch.Tensor:
+    def weigh(self, features: torch.Tensor) -> torch.Tensor:
         return F.normalize(self.project(features), dim=1)
 
     def proxies_of(self, labels: torch.Tensor) -> torch.Tensor:
         """Of length 1, [B, E]; labels of −1 have any."""
         return F.normalize(self.proxies(labels.clamp(min=0)), dim=1)
 
-    def others(self, embedding: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of the global batch: embeddings [N, E], labels [N]; and those that each image is not compared with, bool [B, N]."""
-        rank, size = rank_and_size() if self.training else (0, 1)  # in evaluation mode, one rank may be alone
-        everyone, all_labels = (gather_over_ranks(each) if size > 1 else each for each in (embedding, labels))
+    def discriminator_loss(
+        self, real: torch.Tensor, real_labels: torch.Tensor, fake: torch.Tensor, fake_labels: torch.Tensor
+    ) -> torch.Tensor:
+        return self.generator_loss(real, real_labels)
+
+    def generator_loss(self, fake: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        everyone, all_labels, rank = fake, labels, 0
+        if self.training:  # in evaluation mode, one rank may be alone
+            everyone, all_labels, rank = gather_over_ranks(fake), gather_over_ranks(labels), rank_and_size()[0]
         numbers = torch.arange(len(labels), device=labels.device) + rank * len(labels)
         itself = numbers[:, None] == torch.arange(len(all_labels), device=labels.device)
-        return everyone, all_labels, itself | (all_labels < 0)
+        to_proxy = (fake * self.proxies_of(labels).to(fake.dtype)).sum(1, keepdim=True)
+        alike = labels[:, None] == all_labels
+        losses = self.compare(to_proxy, fake @ everyone.T, alike, itself | (all_labels < 0), self.temperature)
+        return torch.where(labels >= 0, losses, 0)
 
 
 class ContrastiveHead(ComparingHead):
     """ContraGAN's (Kang & Park 2020, 2006.12681)."""
 
-    contrast = "contrastive"
+    compare = staticmethod(conditional_contrastive)
 
 
 class D2DCEHead(ComparingHead):
     """ReACGAN's (Kang et al. 2021, 2111.01118)."""
 
-    contrast = "d2d_ce"
+    compare = staticmethod(data_to_data_cross_entropy)
 
 
 class Discriminator(nn.Module):
@@ -152,5 +258,5 @@ class Discriminator(nn.Module):
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> DiscriminatorOutput:
         """images [B, C, H, W] in [-1, 1], labels int64 [B]"""
         features = self.trunk(images)
-        logits, class_logits, embedding = self.head(features, labels)
-        return DiscriminatorOutput(logits, class_logits, features, embedding)
+        logits, class_logits, evidence = self.head(features, labels)
+        return DiscriminatorOutput(logits, class_logits, features, evidence)

@@ -77,7 +77,7 @@ class SyncBatchNorm(_BatchNorm):
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         # Mean and mean square, so that one exchange suffices; in float64, so that their difference is exact enough.
         var, mean = (each.double() for each in torch.var_mean(x, dims, correction=0))
-        mean, mean_square = _mean_over_ranks(torch.stack([mean, var + mean.square()]))
+        mean, mean_square = mean_over_ranks(torch.stack([mean, var + mean.square()]))
         var = mean_square - mean.square()
         scale = torch.rsqrt(var + self.eps)
         normalized = (x - mean.to(x.dtype).view(shape)) * scale.to(x.dtype).view(shape)
@@ -108,8 +108,10 @@ class _SumOverRanks(torch.autograd.Function):
         return _SumOverRanks.apply(gradient)
 
 
-def _mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    return _SumOverRanks.apply(tensor) / dist.get_world_size()
+def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Differentiable twice."""
+    size = rank_and_size()[1]
+    return _SumOverRanks.apply(tensor) / size if size > 1 else tensor
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -120,6 +122,8 @@ def rank_and_size() -> tuple[int, int]:
 def gather_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """[B, …] of each rank → [world_size · B, …] of all, in their order, differentiable twice."""
     rank, size = rank_and_size()
+    if size == 1:
+        return tensor
     nothing = torch.zeros_like(tensor)
     return _SumOverRanks.apply(torch.cat([tensor if other == rank else nothing for other in range(size)]))
 

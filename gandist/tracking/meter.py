@@ -1,6 +1,7 @@
 """Statistics of training steps, summed on the device and read once an interval."""
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -32,10 +33,13 @@ class Meter:
 
     def read(self) -> Scalars:
         """Every rank calls it, after at least one update. A name of which no value was finite is left out."""
-        names = [name for each in self._totals for name in each]
+        names = [name for each in self._totals for name in each]  # some in several: there are penalties in some steps only
         sums, counts = self.world.sum(torch.cat(list(self._totals.values()), 1)).tolist()
         self._totals = {}
-        return _derive({name: total / count for name, total, count in zip(names, sums, counts, strict=True) if count})
+        totals = defaultdict(lambda: [0.0, 0.0])
+        for name, *total in zip(names, sums, counts, strict=True):
+            totals[name] = [a + b for a, b in zip(totals[name], total, strict=True)]
+        return _derive({name: total / count for name, (total, count) in totals.items() if count})
 
 
 def _derive(means: Scalars) -> Scalars:
