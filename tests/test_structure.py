@@ -48,6 +48,7 @@ ROWS = [
     "gandist.models.dcgan",
     "gandist.models.resnet",
     "gandist.models.biggan",
+    "gandist.models.biggan_deep",
     "gandist.models.r3gan",
     "gandist.models",
     "gandist.losses",

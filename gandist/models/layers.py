@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -42,6 +43,19 @@ class _Recomputation:
 
     def __exit__(self, *error: object) -> None:
         _recomputing.reset(self._token)
+
+
+class Trunk(nn.Module):
+    """A discriminator without its head: images [B, C, H, W] in [-1, 1] → features [B, F].
+
+    features:       how many it gives
+    layer:          what it makes of a head's layers
+    couples_images: whether the features of an image depend on the others of its pass
+    """
+
+    features: int
+    layer: Layer
+    couples_images = False
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -110,6 +124,21 @@ class _SumOverRanks(torch.autograd.Function):
 
 def _mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     return _SumOverRanks.apply(tensor) / dist.get_world_size()
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {  # model.discriminator_norm: channels → a norm of their feature map
+    "spectral": nn.Identity,  # it is of the weights
+    "batch": SyncBatchNorm,
+    "layer": partial(nn.GroupNorm, 1),  # over [C, H, W] (Ba et al. 2016, 1607.06450), with a gain and bias a channel
+    "none": nn.Identity,
+}
+
+
+def plain(layer: nn.Module) -> nn.Module:
+    """The layer as torch makes it, but embeddings as small as the weights of a linear layer."""
+    if isinstance(layer, nn.Embedding):
+        nn.init.normal_(layer.weight, std=layer.embedding_dim**-0.5)
+    return layer
 
 
 def rank_and_size() -> tuple[int, int]:
