@@ -109,20 +109,29 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The two networks."""
 
-    family: Literal["mlp", "dcgan", "resnet", "biggan", "r3gan"] = "dcgan"
+    family: Literal["mlp", "dcgan", "resnet", "biggan", "biggan_deep", "r3gan"] = "dcgan"
     latent_dim: Count = 64
     generator_width: Count = 16  # channels at full resolution, of which those at the others are multiples; mlp: hidden units
     discriminator_width: Count = 24
     widths: tuple[Count, ...] | None = None  # r3gan, both networks: channels from 4 pixels up; null: one width everywhere
     group_size: Count = 16  # r3gan: channels of a group of the grouped convolutions
-    attention: tuple[Count, ...] = ()  # resnet, biggan: resolutions of feature maps that have self-attention
+    attention: tuple[Count, ...] = ()  # resnet, biggan, biggan_deep: resolutions of feature maps that have self-attention
+    discriminator_norm: Literal["spectral", "batch", "layer", "none"] = "spectral"  # dcgan, resnet
+    generator_spectral_norm: bool = False  # resnet: besides batch norm
     conditioning: Literal[
         "projection", "auxiliary", "twin_auxiliary", "adc", "contrastive", "d2d_ce", "multi_hinge", "none"
     ] = "projection"  # of the discriminator
 
     @model_validator(mode="after")
     def _keys_fit_the_family(self) -> "ModelConfig":
-        for key, families in {"widths": ("r3gan",), "group_size": ("r3gan",), "attention": ("resnet", "biggan")}.items():
+        keys = {
+            "widths": ("r3gan",),
+            "group_size": ("r3gan",),
+            "attention": ("resnet", "biggan", "biggan_deep"),
+            "discriminator_norm": ("dcgan", "resnet"),
+            "generator_spectral_norm": ("resnet",),
+        }
+        for key, families in keys.items():
             if getattr(self, key) != type(self).model_fields[key].default and self.family not in families:
                 raise ValueError(f"{key} is for family={' or '.join(families)}, not for {self.family}: leave it out")
         return self

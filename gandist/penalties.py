@@ -69,15 +69,18 @@ def perturb(real: torch.Tensor, uniforms: torch.Tensor, *, together: bool) -> to
 
 
 def orthogonal_penalty(network: nn.Module) -> torch.Tensor:
-    """Σ ‖WWᵀ ⊙ (1 − I)‖² over the weights of convolutions and linear layers, whose filters are the rows of W: these shall be
-    orthogonal, of any length (Brock et al. 2019, 1809.11096, equation 3)."""
-    total = torch.zeros(())
-    for name, parameter in network.named_parameters():
-        if parameter.dim() > 1 and "embedding" not in name:
+    """Σ ‖WWᵀ ⊙ (1 − I)‖² over the weights of the network but for embeddings: their rows, the filters, shall be orthogonal, of
+    any length (Brock et al. 2019, 1809.11096, equation 3)."""
+    embeddings = {
+        parameter for module in network.modules() if isinstance(module, nn.Embedding) for parameter in module.parameters()
+    }
+    penalties = []
+    for parameter in network.parameters():
+        if parameter.dim() > 1 and parameter not in embeddings:
             rows = parameter.flatten(1)
             products = rows @ rows.T
-            total = total.to(products) + (products - torch.diag(products.diagonal())).square().sum()
-    return total
+            penalties.append((products - torch.diag(products.diagonal())).square().sum())
+    return torch.stack(penalties).sum()
 
 
 class LeCam(nn.Module):

@@ -67,7 +67,7 @@ def test_all_mistakes_are_shown_at_once(tmp_path: Path) -> None:
         ("train: 3", "a section is wanted here"),
         ("train: {batch_size: 10, accumulation: 3}", "accumulation=3 does not divide batch_size=10"),
         ("data: {test: null}", "accuracy, which need data.test"),
-        ("model: {attention: [16]}", "attention is for family=resnet or biggan, not for dcgan: leave it out"),
+        ("model: {attention: [16]}", "attention is for family=resnet or biggan or biggan_deep, not for dcgan: leave it out"),
         ("model: {family: biggan, widths: [8, 8]}", "widths is for family=r3gan, not for biggan: leave it out"),
         ("model: {group_size: 32}", "group_size is for family=r3gan, not for dcgan"),
         (

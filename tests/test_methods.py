@@ -2,7 +2,6 @@
 the paper's formula in one process, in float64."""
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -319,7 +318,7 @@ class Orthogonal(Literal):
 
 class TopK(Literal):
     def adversarial_g(self, fake, real):
-        return -mean(sorted(fake, key=float)[-3:])
+        return -mean(sorted(fake, key=torch.Tensor.item)[-3:])
 
 
 class Auxiliary(Literal):
@@ -488,7 +487,6 @@ CASES: dict[str, tuple[type[Literal], list[str]]] = {
     "d2d_ce": (D2DCE, ["model.conditioning=d2d_ce", "loss.temperature=0.4", "data.unlabelled=allow"]),
     "diffaugment": (Augmented, ["augmentation.pipe=diffaugment", "augmentation.probability=0.6", "loss.r1_gamma=3"]),
     "ada": (Augmented, ["augmentation.pipe=ada", "augmentation.probability=0.6", "loss.r1_gamma=3"]),
-    "path length": (PathLength, [*STYLES, "loss.path_length_weight=2", "loss.path_length_every=4", "model.minibatch_std=0"]),
 }
 
 

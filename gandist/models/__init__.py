@@ -8,6 +8,7 @@ from torch import nn
 
 from gandist.config import DataConfig, ModelConfig
 from gandist.models.biggan import BigGANGenerator, BigGANTrunk
+from gandist.models.biggan_deep import BigGANDeepGenerator, BigGANDeepTrunk
 from gandist.models.dcgan import DCGANGenerator, DCGANTrunk
 from gandist.models.heads import (
     AuxiliaryClassifierHead,
@@ -22,7 +23,7 @@ from gandist.models.heads import (
     TwinAuxiliaryHead,
     UnconditionalHead,
 )
-from gandist.models.layers import Block
+from gandist.models.layers import Block, Trunk
 from gandist.models.mlp import MLPGenerator, MLPTrunk
 from gandist.models.r3gan import R3GANGenerator, R3GANTrunk
 from gandist.models.resnet import ResNetGenerator, ResNetTrunk
@@ -38,14 +39,13 @@ __all__ = [
 
 
 class Family(NamedTuple):
-    """Networks are built of (ModelConfig, DataConfig). A trunk has `features`, how many it gives, and `layer`, what it makes
-    of a head's layers.
+    """Networks are built of (ModelConfig, DataConfig).
 
     heads: of its own, in place of those in HEADS
     """
 
     generator: Callable[[ModelConfig, DataConfig], nn.Module]
-    trunk: Callable[[ModelConfig, DataConfig], nn.Module]
+    trunk: Callable[[ModelConfig, DataConfig], Trunk]
     heads: Mapping[str, type[nn.Module]] = {}
 
 
@@ -54,6 +54,7 @@ FAMILIES = {
     "dcgan": Family(DCGANGenerator, DCGANTrunk),
     "resnet": Family(ResNetGenerator, ResNetTrunk),
     "biggan": Family(BigGANGenerator, BigGANTrunk),
+    "biggan_deep": Family(BigGANDeepGenerator, BigGANDeepTrunk),
     "r3gan": Family(R3GANGenerator, R3GANTrunk, {"projection": PureProjectionHead}),
 }
 HEADS = {

@@ -90,7 +90,5 @@ class BigGANGenerator(nn.Module):
 
 
 class BigGANTrunk(ResidualTrunk):
-    layer = staticmethod(normalized)
-
     def __init__(self, model: ModelConfig, data: DataConfig):
-        super().__init__(find_layout(LAYOUTS, model, data), model, data, wide=True)
+        super().__init__(find_layout(LAYOUTS, model, data), model, data, wide=True, layer=normalized)

@@ -1,9 +1,11 @@
 """DCGAN (Radford et al. 2016, 1511.06434), class-conditional, for square images of 4·2ⁿ pixels.
 
-The generator has conditional batch norm; the discriminator has spectral norm (Miyato et al. 2018, 1802.05957) and no
-batch norm, so that gradient penalties are allowed.
+The generator has conditional batch norm. The discriminator has spectral norm (Miyato et al. 2018, 1802.05957) and no batch
+norm, so that gradient penalties are allowed; with `model.discriminator_norm: batch` it has the paper's batch norm, in all but
+its first layer.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -12,7 +14,7 @@ from torch import nn
 
 from gandist.config import DataConfig, ModelConfig
 from gandist.errors import ConfigError
-from gandist.models.layers import Block, ConditionalBatchNorm
+from gandist.models.layers import NORMS, Block, ConditionalBatchNorm, Layer, SyncBatchNorm, Trunk, plain
 from gandist.models.spectral_norm import spectral_norm
 
 SMALLEST = 4  # pixels of the first feature map of G and the last of D
@@ -40,14 +42,20 @@ class UpBlock(Block):
 
 
 class DownBlock(Block):
-    """Half the resolution."""
+    """Half the resolution.
 
-    def __init__(self, before: int, after: int):
+    norm: channels → a module of the feature map
+    """
+
+    def __init__(self, before: int, after: int, layer: Layer, norm: Callable[[int], nn.Module]):
         super().__init__()
-        self.downsample = spectral_norm(nn.Conv2d(before, after, 4, stride=2, padding=1))
+        self.norm = norm(after)
+        # Batch norm would take a bias before it away again.
+        bias = not isinstance(self.norm, SyncBatchNorm)
+        self.downsample = layer(nn.Conv2d(before, after, 4, stride=2, padding=1, bias=bias))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.leaky_relu(self.downsample(x), SLOPE)
+        return F.leaky_relu(self.norm(self.downsample(x)), SLOPE)
 
 
 class DCGANGenerator(nn.Module):
@@ -68,16 +76,18 @@ class DCGANGenerator(nn.Module):
         return torch.tanh(self.to_image(x))
 
 
-class DCGANTrunk(nn.Module):
-    """Images → features, the sum over the last feature map."""
-
-    layer = staticmethod(spectral_norm)
+class DCGANTrunk(Trunk):
+    """The features are the sum over the last feature map, without spectral norm its mean."""
 
     def __init__(self, model: ModelConfig, data: DataConfig):
         super().__init__()
         widths = stage_widths(model.discriminator_width, data.resolution)
-        self.from_image = spectral_norm(nn.Conv2d(data.channels, widths[0], 3, padding=1))
-        self.blocks = nn.ModuleList(DownBlock(before, after) for before, after in pairwise(widths))
+        norm = NORMS[model.discriminator_norm]
+        self.layer = spectral_norm if model.discriminator_norm == "spectral" else plain
+        self.pool = torch.sum if model.discriminator_norm == "spectral" else torch.mean
+        self.couples_images = model.discriminator_norm == "batch"
+        self.from_image = self.layer(nn.Conv2d(data.channels, widths[0], 3, padding=1))
+        self.blocks = nn.ModuleList(DownBlock(before, after, self.layer, norm) for before, after in pairwise(widths))
         self.features = widths[-1]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -85,4 +95,4 @@ class DCGANTrunk(nn.Module):
         x = F.leaky_relu(self.from_image(images), SLOPE)
         for block in self.blocks:
             x = block(x)
-        return x.sum(dim=(2, 3))
+        return self.pool(x, dim=(2, 3))

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gandist.losses import conditional_contrastive, cross_entropy, data_to_data_cross_entropy, multi_hinge
-from gandist.models.layers import Layer, gather_over_ranks, rank_and_size
+from gandist.models.layers import Layer, Trunk, gather_over_ranks, rank_and_size
 
 EMBEDDING = 512  # features of what images are compared by, as ContraGAN and ReACGAN have them
 
@@ -250,7 +250,7 @@ class D2DCEHead(ComparingHead):
 class Discriminator(nn.Module):
     """A family's trunk under a head."""
 
-    def __init__(self, trunk: nn.Module, head: Head):
+    def __init__(self, trunk: Trunk, head: Head):
         super().__init__()
         self.trunk = trunk
         self.head = head

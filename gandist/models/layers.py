@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -42,6 +43,19 @@ class _Recomputation:
 
     def __exit__(self, *error: object) -> None:
         _recomputing.reset(self._token)
+
+
+class Trunk(nn.Module):
+    """A discriminator without its head: images [B, C, H, W] in [-1, 1] → features [B, F].
+
+    features:       how many it gives
+    layer:          what it makes of a head's layers
+    couples_images: whether the features of an image depend on the others of its pass
+    """
+
+    features: int
+    layer: Layer
+    couples_images = False
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -108,10 +122,19 @@ class _SumOverRanks(torch.autograd.Function):
         return _SumOverRanks.apply(gradient)
 
 
-def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """Differentiable twice."""
-    size = rank_and_size()[1]
-    return _SumOverRanks.apply(tensor) / size if size > 1 else tensor
+NORMS: dict[str, Callable[[int], nn.Module]] = {  # model.discriminator_norm: channels → a norm of their feature map
+    "spectral": nn.Identity,  # it is of the weights
+    "batch": SyncBatchNorm,
+    "layer": partial(nn.GroupNorm, 1),  # over [C, H, W] (Ba et al. 2016, 1607.06450), with a gain and bias a channel
+    "none": nn.Identity,
+}
+
+
+def plain(layer: nn.Module) -> nn.Module:
+    """The layer as torch makes it, but embeddings as small as the weights of a linear layer."""
+    if isinstance(layer, nn.Embedding):
+        nn.init.normal_(layer.weight, std=layer.embedding_dim**-0.5)
+    return layer
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -119,13 +142,21 @@ def rank_and_size() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """[…] of each rank → […], their sum, differentiable twice."""
+    return _SumOverRanks.apply(tensor) if rank_and_size()[1] > 1 else tensor
+
+
+def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """[…] of each rank → […], differentiable twice."""
+    return sum_over_ranks(tensor) / rank_and_size()[1]
+
+
 def gather_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """[B, …] of each rank → [world_size · B, …] of all, in their order, differentiable twice."""
     rank, size = rank_and_size()
-    if size == 1:
-        return tensor
     nothing = torch.zeros_like(tensor)
-    return _SumOverRanks.apply(torch.cat([tensor if other == rank else nothing for other in range(size)]))
+    return sum_over_ranks(torch.cat([tensor if other == rank else nothing for other in range(size)]))
 
 
 class ConditionalBatchNorm(nn.Module):

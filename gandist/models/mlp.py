@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from gandist.config import DataConfig, ModelConfig
+from gandist.models.layers import Trunk, plain
 
 SLOPE = 0.2  # of the leaky ReLUs
 
@@ -30,19 +31,14 @@ class MLPGenerator(nn.Module):
         return torch.tanh(self.to_image(x)).unflatten(1, self.shape)
 
 
-class MLPTrunk(nn.Module):
+class MLPTrunk(Trunk):
+    layer = staticmethod(plain)
+
     def __init__(self, model: ModelConfig, data: DataConfig):
         super().__init__()
         self.features = model.discriminator_width
         self.hidden1 = nn.Linear(data.channels * data.resolution**2, self.features)
         self.hidden2 = nn.Linear(self.features, self.features)
-
-    @staticmethod
-    def layer(module: nn.Module) -> nn.Module:
-        """As torch makes it, but embeddings as small as the weights of a linear layer."""
-        if isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
-        return module
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, C, H, W] in [-1, 1] → features [B, F]"""

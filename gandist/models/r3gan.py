@@ -13,7 +13,7 @@ from torch import nn
 
 from gandist.config import DataConfig, ModelConfig
 from gandist.errors import ConfigError
-from gandist.models.layers import Block, Downsample, Upsample
+from gandist.models.layers import Block, Downsample, Trunk, Upsample
 
 SMALLEST = 4  # pixels of the first feature map of G and the last of D
 BLOCKS = 2  # residual blocks at a resolution
@@ -96,7 +96,7 @@ class R3GANGenerator(nn.Module):
         return self.to_image(self.blocks(self.basis * self.project(latents)[:, :, None, None]))
 
 
-class R3GANTrunk(nn.Module):
+class R3GANTrunk(Trunk):
     def __init__(self, model: ModelConfig, data: DataConfig):
         super().__init__()
         widths = stage_widths(model, data, model.discriminator_width)[::-1]

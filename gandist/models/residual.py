@@ -10,7 +10,7 @@ from torch import nn
 
 from gandist.config import DataConfig, ModelConfig
 from gandist.errors import ConfigError
-from gandist.models.layers import Block, Layer
+from gandist.models.layers import NORMS, Block, Layer, SyncBatchNorm, Trunk
 
 SMALLEST = 4  # pixels of the generator's first feature map
 
@@ -61,20 +61,34 @@ class ResidualUpBlock(Block):
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """x [B, C, H, W] → [B, C', 2H, 2W]; condition: as the norms take it"""
-        h = self.conv1(_upsample(F.relu(self.norm1(x, condition))))
+        h = self.conv1(upsample(F.relu(self.norm1(x, condition))))
         h = self.conv2(F.relu(self.norm2(h, condition)))
-        return h + _upsample(self.shortcut(x))
+        return h + upsample(self.shortcut(x))
 
 
 class ResidualDownBlock(Block):
-    """Without norms. The 1×1 convolution of the shortcut comes after the average pooling, with which it commutes.
+    """The 1×1 convolution of the shortcut comes after the average pooling, with which it commutes.
 
-    hidden: channels between the convolutions; halve: whether the resolution; preactivate: not for images
+    hidden: channels between the convolutions; halve: whether the resolution; preactivate: not for images, which are spared
+    norms, too; norm: channels → a module of the feature map
     """
 
-    def __init__(self, before: int, hidden: int, after: int, *, halve: bool, preactivate: bool, layer: Layer):
+    def __init__(
+        self,
+        before: int,
+        hidden: int,
+        after: int,
+        *,
+        halve: bool,
+        preactivate: bool,
+        layer: Layer,
+        norm: Callable[[int], nn.Module] = nn.Identity,
+    ):
         super().__init__()
-        self.conv1 = layer(nn.Conv2d(before, hidden, 3, padding=1))
+        self.norm1 = norm(before) if preactivate else nn.Identity()
+        self.norm2 = norm(hidden) if preactivate else nn.Identity()
+        # Batch norm would take a bias before it away again.
+        self.conv1 = layer(nn.Conv2d(before, hidden, 3, padding=1, bias=not isinstance(self.norm2, SyncBatchNorm)))
         self.conv2 = layer(nn.Conv2d(hidden, after, 3, padding=1))
         self.shortcut = layer(nn.Conv2d(before, after, 1)) if halve or before != after else nn.Identity()
         self.pool = nn.AvgPool2d(2) if halve else nn.Identity()
@@ -82,8 +96,8 @@ class ResidualDownBlock(Block):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] → [B, C', H/2, W/2], or of the same size"""
-        h = self.conv1(F.relu(x) if self.preactivate else x)
-        h = self.conv2(F.relu(h))
+        h = self.conv1(F.relu(self.norm1(x)) if self.preactivate else x)
+        h = self.conv2(F.relu(self.norm2(h)))
         return self.pool(h) + self.shortcut(self.pool(x))
 
 
@@ -121,16 +135,17 @@ def attention_layers(
         yield SelfAttention(width, layer) if resolution in model.attention else nn.Identity()
 
 
-class ResidualTrunk(nn.Module):
-    """Images → features, the sum over the last feature map. A family's subclass brings `layer`.
+class ResidualTrunk(Trunk):
+    """The features are the sum over the last feature map, without spectral norm its mean, as in WGAN-GP (1704.00028).
 
     wide: whether a block widens in its first convolution, not in its second
     """
 
-    layer: Layer
-
-    def __init__(self, layout: Layout, model: ModelConfig, data: DataConfig, *, wide: bool):
+    def __init__(self, layout: Layout, model: ModelConfig, data: DataConfig, *, wide: bool, layer: Layer):
         super().__init__()
+        self.layer = layer
+        self.pool = torch.sum if model.discriminator_norm == "spectral" else torch.mean
+        self.couples_images = model.discriminator_norm == "batch"
         widths = [model.discriminator_width * multiple for multiple in layout.discriminator]
         self.blocks = nn.ModuleList(
             ResidualDownBlock(
@@ -139,12 +154,13 @@ class ResidualTrunk(nn.Module):
                 after,
                 halve=number < layout.halvings,
                 preactivate=number > 0,
-                layer=self.layer,
+                layer=layer,
+                norm=NORMS[model.discriminator_norm],
             )
             for number, (before, after) in enumerate(pairwise([data.channels, *widths]))
         )
         resolutions = [data.resolution >> number for number in range(1, layout.halvings + 1)]
-        self.attention = nn.ModuleList(attention_layers(resolutions, widths[: layout.halvings], model, self.layer))
+        self.attention = nn.ModuleList(attention_layers(resolutions, widths[: layout.halvings], model, layer))
         self.features = widths[-1]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -154,8 +170,8 @@ class ResidualTrunk(nn.Module):
             x = block(x)
             if number < len(self.attention):
                 x = self.attention[number](x)
-        return F.relu(x).sum(dim=(2, 3))
+        return self.pool(F.relu(x), dim=(2, 3))
 
 
-def _upsample(x: torch.Tensor) -> torch.Tensor:
+def upsample(x: torch.Tensor) -> torch.Tensor:
     return F.interpolate(x, scale_factor=2, mode="nearest")

@@ -1,8 +1,9 @@
 """SNGAN's residual networks (Miyato et al. 2018, 1802.05957; conditional: Miyato & Koyama 2018, 1802.05637).
 
 At 32 pixels those of table 4, at 128 those of table 5, at 64 those of the authors' code. The generator has conditional batch
-norm, the discriminator spectral norm. `model.attention` adds the self-attention of SAGAN (Zhang et al. 2018, 1805.08318),
-whose spectral norm in the generator is left out.
+norm, the discriminator spectral norm, unless `model.discriminator_norm` says otherwise: with none, and 128 channels, they are
+those of WGAN-GP (Gulrajani et al. 2017, 1704.00028). SAGAN (Zhang et al. 2018, 1805.08318) has self-attention,
+`model.attention`, and spectral norm in the generator, too, `model.generator_spectral_norm`.
 """
 
 import math
@@ -34,18 +35,23 @@ def xavier(layer: nn.Module) -> nn.Module:
     return layer
 
 
+def normalized(layer: nn.Module) -> nn.Module:
+    return spectral_norm(xavier(layer))
+
+
 class ResNetGenerator(nn.Module):
     def __init__(self, model: ModelConfig, data: DataConfig):
         super().__init__()
         layout = find_layout(LAYOUTS, model, data)
         widths = [model.generator_width * multiple for multiple in layout.generator]
+        layer = normalized if model.generator_spectral_norm else xavier
         norm = partial(ConditionalBatchNorm, num_classes=data.num_classes)
-        self.project = xavier(nn.Linear(model.latent_dim, widths[0] * SMALLEST**2))
-        self.blocks = nn.ModuleList(ResidualUpBlock(before, after, norm, xavier) for before, after in pairwise(widths))
+        self.project = layer(nn.Linear(model.latent_dim, widths[0] * SMALLEST**2))
+        self.blocks = nn.ModuleList(ResidualUpBlock(before, after, norm, layer) for before, after in pairwise(widths))
         resolutions = [SMALLEST << number for number in range(1, len(widths))]
-        self.attention = nn.ModuleList(attention_layers(resolutions, widths[1:], model, xavier))
+        self.attention = nn.ModuleList(attention_layers(resolutions, widths[1:], model, layer))
         self.norm = SyncBatchNorm(widths[-1])
-        self.to_image = xavier(nn.Conv2d(widths[-1], data.channels, 3, padding=1))
+        self.to_image = layer(nn.Conv2d(widths[-1], data.channels, 3, padding=1))
 
     def forward(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """latents [B, Z], labels int64 [B] → images [B, C, H, W] in [-1, 1]"""
@@ -56,9 +62,6 @@ class ResNetGenerator(nn.Module):
 
 
 class ResNetTrunk(ResidualTrunk):
-    @staticmethod
-    def layer(module: nn.Module) -> nn.Module:
-        return spectral_norm(xavier(module))
-
     def __init__(self, model: ModelConfig, data: DataConfig):
-        super().__init__(find_layout(LAYOUTS, model, data), model, data, wide=False)
+        layer = normalized if model.discriminator_norm == "spectral" else xavier
+        super().__init__(find_layout(LAYOUTS, model, data), model, data, wide=False, layer=layer)
