@@ -344,6 +344,7 @@ def nearby(latents: torch.Tensor, uniforms: torch.Tensor, deviation: float) -> t
 
 def summed(terms: list[Term], statistics: Statistics) -> tuple[torch.Tensor, Statistics]:
     """The loss [], and the statistics with all its terms."""
-    loss = sum((term.weight * term.value for term in terms[1:]), terms[0].weight * terms[0].value)
+    # Not by `+`: torch.compile leaves out a product with 1, and a loss of one term then is the detached statistic.
+    loss = torch.stack([term.weight * term.value for term in terms]).sum()
     values = {term.name: term.value for term in terms} | statistics
     return loss, {name: value.detach() for name, value in values.items()}

@@ -19,6 +19,7 @@ from gandist.errors import ConfigError, TrainingError
 from gandist.models import build_discriminator
 from gandist.objective import DiscriminatorObjective
 from gandist.train import train
+from tests.games import discriminator_inputs
 from tests.ranks import launch, run_ranks
 from tests.test_player import HostWaits
 from tests.test_promises import final_state, flatten, rows
@@ -170,7 +171,7 @@ def _guarded_updates(config: Config, world: World) -> list[tuple[dict[str, torch
     precision = choose_precision("float32", world.device)
     torch.manual_seed(0)
     network = build_discriminator(config.model, config.data)
-    objective = DiscriminatorObjective(network, config.loss, class_weight=1.0, autocast=precision.autocast)
+    objective = DiscriminatorObjective(network, config, precision.autocast)
     player = build_player("discriminator", objective, config, world, precision, lr=1e-2)
     (first, *_) = network.parameters()
     torch.manual_seed(world.rank)
@@ -181,9 +182,9 @@ def _guarded_updates(config: Config, world: World) -> list[tuple[dict[str, torch
             hook = first.register_hook(lambda gradient: gradient * torch.nan)
         real = images[0] * (torch.nan if world.rank == 1 and kind in ("bad loss", "stop") else 1)
         player.guard.stops = kind == "stop"
-        micro_batches = [(each, labels, images[1], labels) for each in (real, images[0])]
+        micro_batches = [discriminator_inputs(objective, each, labels, images[1], labels) for each in (real, images[0])]
         with HostWaits() as waits:
-            statistics = player.update(micro_batches, len(micro_batches), step)
+            statistics = player.update(micro_batches, len(micro_batches), step, seen=0)
         assert not waits.found
         if broken:
             hook.remove()

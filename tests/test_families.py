@@ -22,6 +22,7 @@ from gandist.models.layers import Downsample, Upsample
 from gandist.models.residual import ResidualDownBlock, ResidualUpBlock, SelfAttention
 from gandist.models.spectral_norm import power_iteration
 from gandist.objective import DiscriminatorObjective, GeneratorObjective
+from tests.games import discriminator_inputs, generator_inputs
 
 CPU = torch.device("cpu")
 CLASSES = 5
@@ -61,11 +62,13 @@ class Networks(NamedTuple):
 
     def discriminating(self, loss: LossConfig, precision: str = "float64") -> DiscriminatorObjective:
         autocast = choose_precision(precision, CPU).autocast
-        return DiscriminatorObjective(self.discriminator, loss, class_weight=0.7, autocast=autocast)
+        config = self.config.model_copy(update={"loss": loss})
+        return DiscriminatorObjective(self.discriminator, config, autocast)
 
     def generating(self, loss: LossConfig, precision: str = "float64") -> GeneratorObjective:
         autocast = choose_precision(precision, CPU).autocast
-        return GeneratorObjective(self.generator, self.discriminator, loss, class_weight=0.7, autocast=autocast)
+        config = self.config.model_copy(update={"loss": loss})
+        return GeneratorObjective(self.generator, self.discriminating(loss, precision), config, autocast)
 
 
 def build(family: str, conditioning: str = "projection", *, channels: int = 3, dtype: torch.dtype = torch.float64) -> Networks:
@@ -75,6 +78,7 @@ def build(family: str, conditioning: str = "projection", *, channels: int = 3, d
     config = Config(
         model=ModelConfig(family=family.partition("-")[0], conditioning=conditioning, latent_dim=8, **sizes),
         data=DataConfig(resolution=resolution, channels=channels, num_classes=0 if conditioning == "none" else CLASSES),
+        classification={"weight": 0.7},
         evaluation={"metrics": []},
     )
     networks = [make(config.model, config.data) for make in (build_generator, build_discriminator)]
@@ -142,9 +146,10 @@ def test_every_parameter_is_trained(family: str, conditioning: str, precision: s
     latents, labels, images = draw(networks, dtype)
     loss = LossConfig(adversarial="non_saturating", **penalties(networks))
     objective = networks.discriminating(loss, precision)
-    objective(images, labels, images.flip(0), labels)[0].backward()
+    objective(*discriminator_inputs(objective, images, labels, images.flip(0), labels))[0].backward()
     networks.discriminator.requires_grad_(False)
-    networks.generating(loss, precision)(latents, labels)[0].backward()
+    objective = networks.generating(loss, precision)
+    objective(*generator_inputs(objective, latents, labels))[0].backward()
     for network in (networks.generator, networks.discriminator):
         for name, parameter in network.named_parameters():
             assert parameter.dim(), f"{name}: DeepSpeed refuses a scalar"
@@ -199,9 +204,9 @@ def gradients(networks: Networks, *, compiled: bool) -> dict[str, torch.Tensor]:
         torch._dynamo.reset()
         discriminating.compile(backend="aot_eager", fullgraph=True)
         generating.compile(backend="aot_eager", fullgraph=True)
-    discriminating(images, labels, images.flip(0), labels)[0].backward()
+    discriminating(*discriminator_inputs(discriminating, images, labels, images.flip(0), labels))[0].backward()
     networks.discriminator.requires_grad_(False)
-    generating(latents, labels)[0].backward()
+    generating(*generator_inputs(generating, latents, labels))[0].backward()
     named = {"G": networks.generator, "D": networks.discriminator}
     return {f"{player}.{name}": p.grad for player, network in named.items() for name, p in network.named_parameters()}
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gandist.config import DataConfig, LossConfig, ModelConfig
+from gandist.config import Config, DataConfig, EmaConfig, LossConfig, ModelConfig
 from gandist.distributed import join_world
 from gandist.ema import ExponentialMovingAverage
 from gandist.engine import choose_precision
@@ -17,8 +17,9 @@ from gandist.models import build_discriminator, build_generator
 from gandist.models.layers import ConditionalBatchNorm, SyncBatchNorm
 from gandist.models.spectral_norm import power_iteration, spectral_norm
 from gandist.objective import DiscriminatorObjective, GeneratorObjective
-from gandist.penalties import input_gradient, zero_centered
+from gandist.penalties import gradient_of, zero_centered
 from gandist.randomness import Purpose, StepRandomness
+from tests.games import discriminator_inputs, generator_inputs
 from tests.ranks import run_ranks
 
 
@@ -139,7 +140,7 @@ def test_r1_of_a_quadratic() -> None:
     a = torch.randn(5, 5, dtype=torch.float64)
     a = (a + a.T).requires_grad_()
     x = torch.randn(7, 5, dtype=torch.float64)
-    gradient, aux = input_gradient(lambda x: ((x @ a * x).sum(1) / 2, 3 * x), x)
+    gradient, aux = gradient_of(lambda x: ((x @ a * x).sum(1) / 2, 3 * x), x)
     penalty = zero_centered(gradient)
     torch.testing.assert_close(aux, 3 * x)
     torch.testing.assert_close(penalty, (x @ a).square().sum(1).mean() / 2)
@@ -155,11 +156,12 @@ def test_the_objectives_gradient_is_that_of_the_plain_formula() -> None:
     data, gamma, weight = DataConfig(), 2.0, 0.7
     network = build_discriminator(ModelConfig(), data).double().eval()  # eval: power iteration stands still
     precision = choose_precision("float64", torch.device("cpu"))
-    objective = DiscriminatorObjective(network, LossConfig(r1_gamma=gamma), class_weight=weight, autocast=precision.autocast)
+    config = Config(loss=LossConfig(r1_gamma=gamma), classification={"weight": weight})
+    objective = DiscriminatorObjective(network, config, precision.autocast)
     real, fake = torch.rand(2, 6, 1, 16, 16, dtype=torch.float64) * 2 - 1
     real_labels, fake_labels = torch.randint(10, (2, 6))
 
-    loss, _ = objective(real, real_labels, fake, fake_labels)
+    loss, _ = objective(*discriminator_inputs(objective, real, real_labels, fake, fake_labels))
     gradients = torch.autograd.grad(loss, list(network.parameters()))
 
     real.requires_grad_()
@@ -175,15 +177,13 @@ def test_the_objectives_gradient_is_that_of_the_plain_formula() -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_objectives_leave_the_other_player_alone(precision: str) -> None:
-    data, model = DataConfig(), ModelConfig(conditioning="auxiliary")
-    generator, discriminator = build_generator(model, data), build_discriminator(model, data)
+    config = Config(model=ModelConfig(conditioning="auxiliary"), loss=LossConfig(adversarial="non_saturating"))
+    generator, discriminator = (make(config.model, config.data) for make in (build_generator, build_discriminator))
     autocast = choose_precision(precision, torch.device("cpu")).autocast
-    objective = GeneratorObjective(
-        generator, discriminator, LossConfig(adversarial="non_saturating"), class_weight=1.0, autocast=autocast
-    )
+    objective = GeneratorObjective(generator, DiscriminatorObjective(discriminator, config, autocast), config, autocast)
     assert {id(p) for p in objective.parameters()} == {id(p) for p in generator.parameters()}
     discriminator.requires_grad_(False)
-    loss, statistics = objective(torch.randn(4, model.latent_dim), torch.arange(4))
+    loss, statistics = objective(*generator_inputs(objective, torch.randn(4, config.model.latent_dim), torch.arange(4)))
     loss.backward()
     assert loss.dtype == torch.float32
     assert statistics.keys() == {"loss/generator", "loss/generator_classification"}
@@ -194,14 +194,27 @@ def test_objectives_leave_the_other_player_alone(precision: str) -> None:
 def test_average_has_its_half_life() -> None:
     module = nn.BatchNorm1d(3)
     nn.init.zeros_(module.weight)
-    ema = ExponentialMovingAverage(module, half_life=1000)
+    ema = ExponentialMovingAverage(module, EmaConfig(half_life_kimg=1))
     nn.init.ones_(module.weight)
     module.running_mean.fill_(7)
     for _ in range(50):
-        ema.update(images=40)
+        ema.update(images=40, seen=0)
     torch.testing.assert_close(ema.module.weight, torch.full((3,), 0.75))  # two half-lives
     torch.testing.assert_close(ema.module.running_mean, module.running_mean)
     assert not ema.module.training
+
+
+def test_average_that_ramps_up_and_follows_a_schedule() -> None:
+    """Half-lives in images: at first a copy; then 5 % of what was seen; then that of the schedule."""
+    cosine = {"start": 0, "end": 4, "kimg": 20}
+    ema = ExponentialMovingAverage(nn.Linear(1, 1), EmaConfig(half_life_kimg=cosine, ramp_up=0.05))
+    assert [ema.half_life(seen) for seen in (0, 10_000, 20_000, 80_000, 200_000)] == pytest.approx([0, 500, 1000, 4000, 4000])
+    nn.init.ones_(ema.source.weight)
+    ema.update(images=40, seen=0)
+    assert torch.equal(ema.module.weight, ema.source.weight)
+    nn.init.zeros_(ema.source.weight)
+    ema.update(images=500, seen=10_000)
+    assert ema.module.weight.item() == pytest.approx(0.5)
 
 
 def test_draws_belong_to_places_of_the_global_batch() -> None:

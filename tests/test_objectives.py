@@ -14,7 +14,8 @@ from gandist.engine import build_player, choose_precision, compile_objective
 from gandist.errors import ConfigError
 from gandist.models import Discriminator, build_discriminator, build_generator, recompute_activations
 from gandist.models.layers import SyncBatchNorm
-from gandist.objective import DiscriminatorObjective, GeneratorObjective, compare
+from gandist.objective import DiscriminatorObjective, GeneratorObjective
+from tests.games import discriminator_inputs, generator_inputs
 from tests.ranks import run_ranks
 
 BATCH_SIZE = 12
@@ -46,8 +47,8 @@ def batch(dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     real, fake = torch.rand(2, BATCH_SIZE, 1, 16, 16, dtype=torch.float64, generator=random) * 2 - 1
     real_labels, fake_labels = torch.randint(5, (2, BATCH_SIZE), generator=random)
     real_labels[3] = -1
-    mixing = torch.rand(BATCH_SIZE, dtype=torch.float64, generator=random)
-    return real.to(dtype), real_labels, fake.to(dtype), fake_labels, mixing.to(dtype)
+    mixing = torch.rand(BATCH_SIZE, generator=random)
+    return real.to(dtype), real_labels, fake.to(dtype), fake_labels, mixing
 
 
 def build(dtype: torch.dtype) -> Discriminator:
@@ -60,6 +61,7 @@ def plain_gradients(penalty: str) -> Gradients:
     network = build(torch.float64)
     real, real_labels, fake, fake_labels, mixing = batch(torch.float64)
     weights = LossConfig(**PENALTIES[penalty])
+    mixing = mixing.double()
     mixed = mixing[:, None, None, None] * real + (1 - mixing[:, None, None, None]) * fake
     norms = {}
     for name, images, labels in (("r1", real, real_labels), ("r2", fake, fake_labels), ("gp", mixed, real_labels)):
@@ -84,17 +86,19 @@ def ddp_gradients(case: Case, world: World) -> Gradients:
     network = build(precision.dtype)
     if case.recompute:
         recompute_activations(network)
-    objective = DiscriminatorObjective(network, loss, class_weight=CLASS_WEIGHT, autocast=precision.autocast)
+    config = Config(loss=loss, classification={"weight": CLASS_WEIGHT})
+    objective = DiscriminatorObjective(network, config, precision.autocast)
     if case.compiled:
         torch._dynamo.reset()
         compile_objective(objective)
-    player = build_player("discriminator", objective, Config(loss=loss), world, precision, lr=1e-3)
-    *inputs, mixing = (each[world.rank :: world.size] for each in batch(precision.dtype))
-    if loss.wgan_gp_lambda:
-        inputs.append(mixing)
+    player = build_player("discriminator", objective, config, world, precision, lr=1e-3)
+    inputs = [each[world.rank :: world.size] for each in batch(precision.dtype)]
     for number, micro_batch in enumerate(zip(*(each.chunk(case.accumulation) for each in inputs), strict=True), start=1):
+        *images, mixing = micro_batch
+        noise = mixing[:, None].float() if loss.wgan_gp_lambda else None
         with player.exchanging(number == case.accumulation):
-            player.backward(player.parallel(*micro_batch)[0] / case.accumulation)
+            loss_value, _ = player.parallel(*discriminator_inputs(objective, *images, noise))
+            player.backward(loss_value / case.accumulation)
     return {name: parameter.grad.double().contiguous() for name, parameter in network.named_parameters()}
 
 
@@ -133,8 +137,8 @@ def test_a_penalty_on_a_discriminator_with_batch_norm_is_refused() -> None:
     network.trunk.blocks.append(SyncBatchNorm(16))
     autocast = choose_precision("float64", torch.device("cpu")).autocast
     with pytest.raises(ConfigError, match=r"batch norm \(trunk.blocks.2\).*penalty r1: set its weight to 0"):
-        DiscriminatorObjective(network, LossConfig(r1_gamma=1.0), class_weight=1.0, autocast=autocast)
-    DiscriminatorObjective(network, LossConfig(), class_weight=1.0, autocast=autocast)
+        DiscriminatorObjective(network, Config(loss=LossConfig(r1_gamma=1.0)), autocast)
+    DiscriminatorObjective(network, Config(), autocast)
 
 
 def kept_bytes(recompute: bool) -> tuple[int, Gradients]:
@@ -147,7 +151,8 @@ def kept_bytes(recompute: bool) -> tuple[int, Gradients]:
         recompute_activations(generator)
         recompute_activations(discriminator)
     autocast = choose_precision("float64", torch.device("cpu")).autocast
-    objective = GeneratorObjective(generator, discriminator, LossConfig(), class_weight=1.0, autocast=autocast)
+    opponent = DiscriminatorObjective(discriminator, Config(), autocast)
+    objective = GeneratorObjective(generator, opponent, Config(), autocast)
     kept = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -156,7 +161,7 @@ def kept_bytes(recompute: bool) -> tuple[int, Gradients]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss, _ = objective(torch.randn(16, 8, dtype=torch.float64), torch.arange(16) % 5)
+        loss, _ = objective(*generator_inputs(objective, torch.randn(16, 8, dtype=torch.float64), torch.arange(16) % 5))
         held = sum(kept.values())
     loss.backward()
     gradients = {name: parameter.grad for name, parameter in generator.named_parameters()}
@@ -170,84 +175,15 @@ def test_recomputed_activations_are_not_kept_and_change_nothing() -> None:
     assert distance(gradients, expected) < 1e-14
 
 
-TEMPERATURE = 0.4
-
-
-def plain_contrast(kind: str, embedding: torch.Tensor, proxies: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Equation 8 of ContraGAN, and 6 of ReACGAN, a sum at a time, over the labelled images."""
-    losses, known = [], [index for index, label in enumerate(labels.tolist()) if label >= 0]
-    for i in known:
-        proxy = embedding[i] @ proxies[labels[i]]
-        others = [j for j in known if j != i]
-        if kind == "contrastive":
-            alike = [torch.exp(embedding[i] @ embedding[j] / TEMPERATURE) for j in others if labels[j] == labels[i]]
-            every = [torch.exp(embedding[i] @ embedding[j] / TEMPERATURE) for j in others]
-            near = torch.exp(proxy / TEMPERATURE)
-            losses.append(-torch.log((near + sum(alike)) / (near + sum(every))))
-        else:
-            near = torch.exp(min(proxy - 0.98, torch.zeros(())) / TEMPERATURE)
-            unlike = [j for j in others if labels[j] != labels[i]]
-            far = [torch.exp(max(embedding[i] @ embedding[j] + 0.02, torch.zeros(())) / TEMPERATURE) for j in unlike]
-            losses.append(-torch.log(near / (near + sum(far))))
-    return sum(losses) / len(labels)
-
-
-def contrast_on_ranks(kind: str) -> tuple[dict[str, Gradients], Gradients]:
-    """Of a discriminator's and a generator's update."""
-    with join_world() as world:
-        found = []
-        for player, inputs in contrast_players(kind, world):
-            loss, _ = player.parallel(*(each[world.rank :: world.size] for each in inputs))
-            player.backward(loss)
-            found.append({name: p.grad.clone() for name, p in player.network.named_parameters() if p.grad is not None})
-        return tuple(found)
-
-
-def contrast_players(kind: str, world: World):
-    torch.manual_seed(0)
-    model = MODEL.model_copy(update={"conditioning": kind})
-    placement = {"dtype": torch.float64, "memory_format": torch.channels_last}
-    discriminator = build_discriminator(model, DATA).to(**placement)
-    generator = build_generator(model, DATA).to(**placement)
-    precision = choose_precision("float64", world.device)
-    loss = LossConfig(temperature=TEMPERATURE, conditioning_weight=0.7, r1_gamma=3.0)
-    terms = {"class_weight": CLASS_WEIGHT, "autocast": precision.autocast}
-    config = Config(loss=loss, model=model)
-    *inputs, _ = batch(torch.float64)
-    yield build_player("D", DiscriminatorObjective(discriminator, loss, **terms), config, world, precision, lr=1e-3), inputs
-    discriminator.requires_grad_(False)
-    latents = torch.randn(BATCH_SIZE, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    objective = GeneratorObjective(generator, discriminator, loss, **terms)
-    yield build_player("G", objective, config, world, precision, lr=1e-3), [latents, inputs[3]]
-
-
-@pytest.mark.parametrize("kind", ["contrastive", "d2d_ce"])
-def test_comparing_images_of_all_ranks(kind: str) -> None:
-    """The gradient does not shrink with the number of ranks; images are compared across them; the formula is the paper's."""
-    (alone,) = run_ranks(1, contrast_on_ranks, kind)
-    for world_size in (2, 4):
-        for found in run_ranks(world_size, contrast_on_ranks, kind):
-            for gradients, expected in zip(found, alone, strict=True):
-                assert distance(gradients, expected) < 1e-10
-    torch.manual_seed(0)
-    discriminator = build_discriminator(MODEL.model_copy(update={"conditioning": kind}), DATA).double()
-    real, labels, *_ = batch(torch.float64)
-    embedding = discriminator(real, labels).embedding
-    mine = compare(discriminator.head.eval(), embedding, labels, TEMPERATURE)
-    proxies = discriminator.head.proxies_of(torch.arange(5))
-    assert mine.item() == pytest.approx(plain_contrast(kind, embedding, proxies, labels).item(), rel=1e-10)
-
-
-@pytest.mark.parametrize("conditioning", ["projection", "contrastive", "d2d_ce"])
+@pytest.mark.parametrize("conditioning", ["projection", "adc", "contrastive", "d2d_ce", "multi_hinge"])
 def test_a_detached_class_head_disturbs_nothing(conditioning: str) -> None:
     def gradients(detach: bool, weight: float) -> Gradients:
         torch.manual_seed(0)
         network = build_discriminator(MODEL.model_copy(update={"conditioning": conditioning}), DATA).double()
         autocast = choose_precision("float64", torch.device("cpu")).autocast
-        objective = DiscriminatorObjective(
-            network, LossConfig(), class_weight=weight, autocast=autocast, detach_class_head=detach
-        )
-        objective(*batch(torch.float64)[:4])[0].backward()
+        config = Config(classification={"weight": weight, "detach": detach})
+        objective = DiscriminatorObjective(network, config, autocast)
+        objective(*discriminator_inputs(objective, *batch(torch.float64)[:4]))[0].backward()
         return {name: p.grad for name, p in network.named_parameters()}
 
     alone, detached, attached = gradients(False, 0.0), gradients(True, 1.0), gradients(False, 1.0)

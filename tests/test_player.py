@@ -47,7 +47,7 @@ def fit(clip_norm: float, accumulation: int) -> dict[str, torch.Tensor]:
         player = player_of(world, optimizer={"clip_norm": clip_norm, "betas": [0.5, 0.9]})
         for step in range(5):
             inputs = (*(each[world.rank :: world.size] for each in data(step)), torch.ones(8 // world.size))
-            player.update(zip(*(each.chunk(accumulation) for each in inputs), strict=True), accumulation, step)
+            player.update(zip(*(each.chunk(accumulation) for each in inputs), strict=True), accumulation, step, seen=0)
         return copy.deepcopy(player.network.state_dict())
 
 
@@ -76,7 +76,7 @@ def spoilt_updates(non_finite: str, spoil: float) -> tuple[list[bool], list[str]
             before = copy.deepcopy(player.state_dict())
             value = spoil if step == 8 and world.rank == 1 else 1.0
             x, y = (each[world.rank :: 2] for each in data(step))
-            player.update([(x, y, torch.full((4,), value))], 1, step)
+            player.update([(x, y, torch.full((4,), value))], 1, step, seen=0)
             after = player.state_dict()
             pairs = [(before["network"][name], after["network"][name]) for name in after["network"]]
             pairs += [(before["optimizer"][n][k], v) for n, state in after["optimizer"].items() for k, v in state.items()]
@@ -105,9 +105,9 @@ def test_a_player_that_is_never_finite_again_has_diverged(world: World) -> None:
     x, y = data(0)
     spoilt = [(x, y, torch.tensor([torch.nan]))]
     for step in range(PATIENCE - 1):
-        player.update(spoilt, 1, step)
+        player.update(spoilt, 1, step, seen=0)
         assert player.guard.report() == 1
-    player.update(spoilt, 1, PATIENCE)
+    player.update(spoilt, 1, PATIENCE, seen=0)
     with pytest.raises(TrainingError, match=f"{PATIENCE} updates in a row"):
         player.guard.report()
 
@@ -116,7 +116,7 @@ def test_float16_finds_its_loss_scale_and_keeps_it(world: World) -> None:
     player = player_of(world, "float16")
     x, y = (each.float() for each in data(0))
     for step in range(6):
-        player.update([(x, y, torch.tensor([1e35]))], 1, step)  # overflows until the scale has shrunk
+        player.update([(x, y, torch.tensor([1e35]))], 1, step, seen=0)  # overflows until the scale has shrunk
     assert 1 <= player.guard.report() <= 6
     scale = player.scaler.get_scale()
     assert scale < 65536

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from gandist import preview
-from gandist.config import Config, load_config
+from gandist.config import Config, EmaConfig, load_config
 from gandist.data import open_dataset
 from gandist.distributed import World, join_world
 from gandist.ema import ExponentialMovingAverage
@@ -298,7 +298,7 @@ def test_flops_of_a_known_network() -> None:
 
 def test_the_distance_of_the_average() -> None:
     source = nn.Linear(3, 2)
-    average = ExponentialMovingAverage(source, half_life=1)
+    average = ExponentialMovingAverage(source, EmaConfig())
     assert average.distance() == 0
     with torch.no_grad():
         for parameter in source.parameters():
