@@ -32,6 +32,7 @@ SMALL = {  # of each family: the resolution, and what is small
     "resnet": (32, {"generator_width": 8, "discriminator_width": 8, "attention": (16,)}),
     "biggan": (32, {"generator_width": 2, "discriminator_width": 2, "attention": (8,)}),
     "r3gan": (16, {"widths": (8, 8, 4), "group_size": 4}),
+    "stylegan2": (8, {"generator_width": 4, "discriminator_width": 4, "mapping_layers": 2, "max_width": 6, "minibatch_std": 2}),
 }
 OTHERS = {  # resolutions
     "mlp": [3],
@@ -39,6 +40,7 @@ OTHERS = {  # resolutions
     "resnet": [64, 128],
     "biggan": [64, 128, 256, 512],
     "r3gan": [8, 64],
+    "stylegan2": [16, 256],
 }
 CONDITIONING = ["projection", "auxiliary", "none"]
 all_families = pytest.mark.parametrize("family", FAMILIES)
@@ -101,7 +103,7 @@ def test_shapes(family: str, conditioning: str, channels: int) -> None:
     latents, labels, images = draw(networks)
     generated = networks.generator(latents, labels)
     assert (generated.shape, generated.dtype) == (images.shape, torch.float64)
-    if family != "r3gan":
+    if family not in ("r3gan", "stylegan2"):
         assert generated.abs().max() <= 1
     output = networks.discriminator(generated, labels)
     assert (output.logits.shape, output.class_logits.shape) == ((BATCH_SIZE,), (BATCH_SIZE, networks.config.data.num_classes))
@@ -113,10 +115,10 @@ def test_other_resolutions(family: str, resolution: int) -> None:
     model = ModelConfig(family=family, latent_dim=840, generator_width=8, discriminator_width=8)
     data = DataConfig(resolution=resolution, channels=3)
     with FakeTensorMode():
-        latents, labels = torch.zeros(2, 840), torch.zeros(2, dtype=torch.int64)
+        latents, labels = torch.zeros(4, 840), torch.zeros(4, dtype=torch.int64)
         images = build_generator(model, data)(latents, labels)
-        assert images.shape == (2, 3, resolution, resolution)
-        assert build_discriminator(model, data)(images, labels).logits.shape == (2,)
+        assert images.shape == (4, 3, resolution, resolution)
+        assert build_discriminator(model, data)(images, labels).logits.shape == (4,)
 
 
 @all_families

@@ -23,6 +23,7 @@ from gandist.models.layers import Block
 from gandist.models.mlp import MLPGenerator, MLPTrunk
 from gandist.models.r3gan import R3GANGenerator, R3GANTrunk
 from gandist.models.resnet import ResNetGenerator, ResNetTrunk
+from gandist.models.stylegan2 import MappedProjectionHead, StyleGAN2Generator, StyleGAN2Trunk
 
 __all__ = [
     "Discriminator",
@@ -52,6 +53,7 @@ FAMILIES = {
     "resnet": Family(ResNetGenerator, ResNetTrunk),
     "biggan": Family(BigGANGenerator, BigGANTrunk),
     "r3gan": Family(R3GANGenerator, R3GANTrunk, {"projection": PureProjectionHead}),
+    "stylegan2": Family(StyleGAN2Generator, StyleGAN2Trunk, {"projection": MappedProjectionHead}),
 }
 HEADS = {
     "projection": ProjectionHead,

@@ -77,7 +77,7 @@ class SyncBatchNorm(_BatchNorm):
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         # Mean and mean square, so that one exchange suffices; in float64, so that their difference is exact enough.
         var, mean = (each.double() for each in torch.var_mean(x, dims, correction=0))
-        mean, mean_square = _mean_over_ranks(torch.stack([mean, var + mean.square()]))
+        mean, mean_square = mean_over_ranks(torch.stack([mean, var + mean.square()]))
         var = mean_square - mean.square()
         scale = torch.rsqrt(var + self.eps)
         normalized = (x - mean.to(x.dtype).view(shape)) * scale.to(x.dtype).view(shape)
@@ -86,12 +86,10 @@ class SyncBatchNorm(_BatchNorm):
         count = input.numel() // input.size(1) * dist.get_world_size()
         return normalized.to(input.dtype), mean, var * (count / (count - 1))
 
-    @torch.no_grad()
     def _track(self, mean: torch.Tensor, var: torch.Tensor) -> None:
         self.num_batches_tracked += 1
         for running, value in ((self.running_mean, mean), (self.running_var, var)):
-            value = value.detach().to(running.dtype)
-            running.lerp_(torch.where(value.isfinite(), value, running), self.momentum)
+            _move(running, value, self.momentum)
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -108,8 +106,23 @@ class _SumOverRanks(torch.autograd.Function):
         return _SumOverRanks.apply(gradient)
 
 
-def _mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    return _SumOverRanks.apply(tensor) / dist.get_world_size()
+def mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Differentiable twice."""
+    size = rank_and_size()[1]
+    return _SumOverRanks.apply(tensor) / size if size > 1 else tensor
+
+
+def track(running: torch.Tensor, value: torch.Tensor, momentum: float) -> None:
+    """Moves a running mean toward the mean over ranks of a batch's value; every rank calls it. What is not finite is skipped,
+    and recomputation."""
+    if not _recomputing.get():
+        _move(running, mean_over_ranks(value.detach()), momentum)
+
+
+@torch.no_grad()
+def _move(running: torch.Tensor, value: torch.Tensor, momentum: float) -> None:
+    value = value.detach().to(running.dtype)
+    running.lerp_(torch.where(value.isfinite(), value, running), momentum)
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -146,6 +159,19 @@ class ConditionalBatchNorm(nn.Module):
         gain = 1 + self.gain(labels)[:, :, None, None]
         bias = self.bias(labels)[:, :, None, None]
         return torch.addcmul(bias, self.norm(x), gain)
+
+
+class LowPass(nn.Module):
+    """The low-pass filter [1, 3, 3, 1] along both axes; padding: zeros around the feature map."""
+
+    def __init__(self, padding: int, gain: float = 1.0):
+        super().__init__()
+        self.padding = padding
+        self.register_buffer("kernel", gain * _low_pass_filter(), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] → as many channels, of H + 2 · padding − 3"""
+        return F.conv2d(x, self.kernel.expand(x.size(1), -1, -1, -1), padding=self.padding, groups=x.size(1))
 
 
 class Upsample(nn.Module):
