@@ -32,6 +32,8 @@ __all__ = [
     "build_generator",
     "evaluating",
     "recompute_activations",
+    "truncates",
+    "truncating",
 ]
 
 
@@ -86,6 +88,24 @@ def evaluating(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         network.train(training)
+
+
+def truncates(generator: nn.Module) -> bool:
+    """Whether the generator has a truncation of its own, in place of that of its latents."""
+    return hasattr(generator, "truncation")
+
+
+@contextmanager
+def truncating(generator: nn.Module, truncation: float | None) -> Iterator[None]:
+    """A generator that truncates does so by this much in evaluation mode, and then as before."""
+    if not truncates(generator):
+        yield
+        return
+    before, generator.truncation = generator.truncation, truncation
+    try:
+        yield
+    finally:
+        generator.truncation = before
 
 
 def recompute_activations(network: nn.Module) -> None:

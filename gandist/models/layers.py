@@ -121,8 +121,9 @@ def track(running: torch.Tensor, value: torch.Tensor, momentum: float) -> None:
 
 @torch.no_grad()
 def _move(running: torch.Tensor, value: torch.Tensor, momentum: float) -> None:
-    value = value.detach().to(running.dtype)
-    running.lerp_(torch.where(value.isfinite(), value, running), momentum)
+    value = value.to(running.dtype)
+    # Not `running.lerp_`, which functorch refuses in a `vjp`, where a compiled gradient penalty runs.
+    torch._foreach_lerp_([running], [torch.where(value.isfinite(), value, running)], momentum)
 
 
 def rank_and_size() -> tuple[int, int]:

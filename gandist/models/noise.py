@@ -1,7 +1,7 @@
 """Random numbers that are a function of an image's latents: the same on any device, in any batch, as often as they are drawn.
 
-A counter-based generator (Salmon et al. 2011): splitmix64's finalizer (Steele et al. 2014) of the number's place and a key, which
-comes of the bits of all of the image's latents. A `salt` makes draws for different purposes independent.
+A counter-based generator (Salmon et al. 2011): splitmix64's finalizer (Steele et al. 2014) of the number's place and a key,
+which comes of the bits of all of the image's latents. A `salt` makes draws for different purposes independent.
 """
 
 import math
@@ -23,9 +23,10 @@ def hashed_normal(latents: torch.Tensor, shape: Sequence[int], salt: int) -> tor
     """latents [B, Z], whose float32 bits matter → standard normal float32, [B, *shape], two of each hash (Box & Muller 1958)"""
     count = math.prod(shape)
     bits = _hash(latents, (count + 1) // 2, salt)
-    radius = (-2 * (((bits & 0xFFFFFFFF).float() + 0.5) * 2**-32).log()).sqrt()
-    angle = (bits >> 32).float() * (2 * math.pi * 2**-32)
-    return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :count].reshape(-1, *shape)
+    # In float64, as libraries and compilers round the last bit of a logarithm or cosine in their own ways.
+    radius = (-2 * (((bits & 0xFFFFFFFF).double() + 0.5) * 2**-32).log()).sqrt()
+    angle = (bits >> 32).double() * (2 * math.pi * 2**-32)
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :count].float().reshape(-1, *shape)
 
 
 def _hash(latents: torch.Tensor, count: int, salt: int) -> torch.Tensor:
