@@ -109,7 +109,7 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The two networks."""
 
-    family: Literal["mlp", "dcgan", "resnet", "biggan", "biggan_deep", "r3gan"] = "dcgan"
+    family: Literal["mlp", "dcgan", "resnet", "biggan", "biggan_deep", "stylegan2", "r3gan"] = "dcgan"
     latent_dim: Count = 64
     generator_width: Count = 16  # channels at full resolution, of which those at the others are multiples; mlp: hidden units
     discriminator_width: Count = 24
@@ -118,6 +118,11 @@ class ModelConfig(Section):
     attention: tuple[Count, ...] = ()  # resnet, biggan, biggan_deep: resolutions of feature maps that have self-attention
     discriminator_norm: Literal["spectral", "batch", "layer", "none"] = "spectral"  # dcgan, resnet
     generator_spectral_norm: bool = False  # resnet: besides batch norm
+    max_width: Count = 512  # stylegan2: the most channels
+    mapping_layers: Count = 8  # stylegan2, generator
+    style_mixing: Share = 0.9  # stylegan2: share of generated images made of two latents
+    minibatch_std: Annotated[Integer, Field(ge=0)] = 4  # stylegan2: images whose spread the discriminator sees; 0: it does not
+    discriminator_architecture: Literal["resnet", "plain"] = "resnet"  # stylegan2
     conditioning: Literal[
         "projection", "auxiliary", "twin_auxiliary", "adc", "contrastive", "d2d_ce", "multi_hinge", "none"
     ] = "projection"  # of the discriminator
@@ -130,6 +135,11 @@ class ModelConfig(Section):
             "attention": ("resnet", "biggan", "biggan_deep"),
             "discriminator_norm": ("dcgan", "resnet"),
             "generator_spectral_norm": ("resnet",),
+            "max_width": ("stylegan2",),
+            "mapping_layers": ("stylegan2",),
+            "style_mixing": ("stylegan2",),
+            "minibatch_std": ("stylegan2",),
+            "discriminator_architecture": ("stylegan2",),
         }
         for key, families in keys.items():
             if getattr(self, key) != type(self).model_fields[key].default and self.family not in families:
@@ -317,7 +327,7 @@ class EvaluationConfig(Section):
     seed: Annotated[Integer, Field(ge=0)] | None = None  # of the generated images; null: the run's
     labels: Literal["training", "balanced"] = "training"  # how frequent classes are among them
     ema: bool = True  # whether they come from the averaged generator
-    truncation: Positive | None = None  # latents are normal, but none is farther from 0 than this; null: any may be
+    truncation: Positive | None = None  # none of the latents is farther from 0; stylegan2: ψ, from the mean w; null: as trained
     standing_stats: Annotated[Integer, Field(ge=0)] = 0  # batches that batch norm is measured anew with; 0: it is not
     judge: ExpandedPath | None = None  # a classifier of gandist.evaluation.judge; null: that of the built-in digits
     inception_weights: ExpandedPath | None = None  # the file that torch-fidelity released; null: it is downloaded
@@ -439,10 +449,12 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _unlabelled_images_have_a_logit(self) -> "Config":
-        if self.data.unlabelled == "allow" and (self.model.family, self.model.conditioning) == ("r3gan", "projection"):
+        family = self.model.family
+        alone = family in ("r3gan", "stylegan2") and self.model.conditioning == "projection"
+        if self.data.unlabelled == "allow" and alone:
             raise ValueError(
-                "data.unlabelled=allow: with model.family=r3gan and model.conditioning=projection the discriminator's logit is "
-                "the match of image and label alone: say model.conditioning=auxiliary, or data.unlabelled=refuse"
+                f"data.unlabelled=allow: with model.family={family} and model.conditioning=projection the discriminator's "
+                "logit is the match of image and label alone: say model.conditioning=auxiliary, or data.unlabelled=refuse"
             )
         return self
 

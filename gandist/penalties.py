@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
-from gandist.models.layers import gather_over_ranks, mean_over_ranks
+from gandist.models.layers import gather_over_ranks, mean_over_ranks, track
 from gandist.models.noise import hashed_normal, hashed_uniform
 
 Aux = TypeVar("Aux")
@@ -134,14 +134,8 @@ class PathLength(nn.Module):
         gradient, images = gradient_of(project, styles)
         lengths = gradient.square().sum(2).mean(1).sqrt()
         if self.training:
-            self._track(lengths.detach().mean())
+            track(self.mean, lengths.mean(), 1 - self.DECAY)
         return images, (lengths - self.mean.to(lengths.dtype)).square().mean()
-
-    @torch.no_grad()
-    def _track(self, mean: torch.Tensor) -> None:
-        mean = mean_over_ranks(mean)
-        mean = torch.where(mean.isfinite(), mean.to(self.mean), self.mean)
-        self.mean.copy_(torch.lerp(mean, self.mean, self.DECAY))
 
 
 def weights_of_best(logits: torch.Tensor, share: float | torch.Tensor, *, together: bool) -> torch.Tensor:

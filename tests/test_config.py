@@ -69,10 +69,17 @@ def test_all_mistakes_are_shown_at_once(tmp_path: Path) -> None:
         ("data: {test: null}", "accuracy, which need data.test"),
         ("model: {attention: [16]}", "attention is for family=resnet or biggan or biggan_deep, not for dcgan: leave it out"),
         ("model: {family: biggan, widths: [8, 8]}", "widths is for family=r3gan, not for biggan: leave it out"),
+        ("model: {minibatch_std: 8}", "minibatch_std is for family=stylegan2, not for dcgan: leave it out"),
+        ("model: {family: r3gan, max_width: 64}", "max_width is for family=stylegan2, not for r3gan"),
+        ("model: {family: stylegan2, style_mixing: 1.5}", "model.style_mixing: Input should be less than or equal to 1"),
         ("model: {group_size: 32}", "group_size is for family=r3gan, not for dcgan"),
         (
             "{model: {family: r3gan}, data: {unlabelled: allow}}",
             "the match of image and label alone: say model.conditioning=aux",
+        ),
+        (
+            "{model: {family: stylegan2}, data: {unlabelled: allow}}",
+            "with model.family=stylegan2 and model.conditioning=projection the discriminator's logit is the match",
         ),
         ("data: {train: a.tar}", "data.test is the built-in digits but data.train is not"),
         ("data: {train: a.tar, test: b.tar}", "fd_classifier, gan_test, whose judge knows only the built-in digits"),

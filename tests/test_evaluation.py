@@ -452,6 +452,21 @@ def test_fakes_of_each_mode(world: World) -> None:
     assert truncated.max() <= 160
 
 
+def test_a_generator_that_truncates_takes_whole_latents(world: World) -> None:
+    class Echo(torch.nn.Linear):
+        truncation: float | None = None
+
+        def forward(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return latents[:, None, None, :] * (self.truncation or 0.25)
+
+    config, generator = Config(evaluation=EvaluationConfig(batch_size=40, truncation=0.5)), Echo(1, 1)
+    fakes = FakeImages(config, np.array([90, 10]), world, seed=0)
+    images = torch.cat([images for images, _ in fakes.batches(generator, 100)])
+    assert generator.truncation is None
+    stream = random_stream(0, Purpose.EVALUATION, 0)
+    assert torch.equal(images[:40], to_uint8(draw_latents(stream, 40, 64)[:, None, None, :] * 0.5))
+
+
 def test_truncated_latents_have_the_truncated_normal_distribution() -> None:
     latents = draw_latents(random_stream(0, Purpose.EVALUATION), 1000, 10, 0.7).flatten().numpy()
     assert abs(latents).max() <= 0.7

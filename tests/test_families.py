@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -12,17 +13,29 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from gandist.config import Config, DataConfig, LossConfig, ModelConfig
+from gandist.distributed import join_world
 from gandist.engine import choose_precision
 from gandist.errors import ConfigError
 from gandist.flops import count_run
-from gandist.models import FAMILIES, build_discriminator, build_generator, recompute_activations
+from gandist.models import FAMILIES, build_discriminator, build_generator, recompute_activations, truncating
 from gandist.models.biggan import LinearlyConditionedBatchNorm
 from gandist.models.heads import PureProjectionHead
-from gandist.models.layers import Downsample, Upsample
+from gandist.models.layers import Downsample, LowPass, Upsample
+from gandist.models.noise import hashed_normal
 from gandist.models.residual import ResidualDownBlock, ResidualUpBlock, SelfAttention
 from gandist.models.spectral_norm import power_iteration
+from gandist.models.stylegan2 import (
+    DownBlock,
+    MappedProjectionHead,
+    MappingNetwork,
+    MinibatchStandardDeviation,
+    StyledConvolution,
+    ToImage,
+    equalized,
+)
 from gandist.objective import DiscriminatorObjective, GeneratorObjective
 from tests.games import discriminator_inputs, generator_inputs
+from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
 CLASSES = 5
@@ -41,6 +54,7 @@ SMALL = {  # of each family and some of its variants: the resolution, and what i
         32,
         {"generator_width": 4, "discriminator_width": 4, "discriminator_norm": "none", "generator_spectral_norm": True},
     ),
+    "stylegan2": (8, {"generator_width": 4, "discriminator_width": 4, "mapping_layers": 2, "max_width": 6, "minibatch_std": 2}),
 }
 OTHERS = {  # resolutions
     "mlp": [3],
@@ -49,6 +63,7 @@ OTHERS = {  # resolutions
     "biggan": [64, 128, 256, 512],
     "biggan_deep": [64, 128, 256, 512],
     "r3gan": [8, 64],
+    "stylegan2": [16, 256],
 }
 CONDITIONING = ["projection", "auxiliary", "none"]
 all_families = pytest.mark.parametrize("family", SMALL)
@@ -119,7 +134,7 @@ def test_shapes(family: str, conditioning: str, channels: int) -> None:
     latents, labels, images = draw(networks)
     generated = networks.generator(latents, labels)
     assert (generated.shape, generated.dtype) == (images.shape, torch.float64)
-    if family != "r3gan":
+    if family not in ("r3gan", "stylegan2"):
         assert generated.abs().max() <= 1
     output = networks.discriminator(generated, labels)
     assert (output.logits.shape, output.class_logits.shape) == ((BATCH_SIZE,), (BATCH_SIZE, networks.config.data.num_classes))
@@ -131,10 +146,10 @@ def test_other_resolutions(family: str, resolution: int) -> None:
     model = ModelConfig(family=family, latent_dim=840, generator_width=8, discriminator_width=8)
     data = DataConfig(resolution=resolution, channels=3)
     with FakeTensorMode():
-        latents, labels = torch.zeros(2, 840), torch.zeros(2, dtype=torch.int64)
+        latents, labels = torch.zeros(4, 840), torch.zeros(4, dtype=torch.int64)
         images = build_generator(model, data)(latents, labels)
-        assert images.shape == (2, 3, resolution, resolution)
-        assert build_discriminator(model, data)(images, labels).logits.shape == (2,)
+        assert images.shape == (4, 3, resolution, resolution)
+        assert build_discriminator(model, data)(images, labels).logits.shape == (4,)
 
 
 @all_families
@@ -197,6 +212,7 @@ def test_the_class_changes_images_and_logits(family: str) -> None:
 
 
 def gradients(networks: Networks, *, compiled: bool) -> dict[str, torch.Tensor]:
+    """And what buffers then hold."""
     latents, labels, images = draw(networks)
     loss = LossConfig(**penalties(networks))
     discriminating, generating = networks.discriminating(loss), networks.generating(loss)
@@ -208,7 +224,8 @@ def gradients(networks: Networks, *, compiled: bool) -> dict[str, torch.Tensor]:
     networks.discriminator.requires_grad_(False)
     generating(*generator_inputs(generating, latents, labels))[0].backward()
     named = {"G": networks.generator, "D": networks.discriminator}
-    return {f"{player}.{name}": p.grad for player, network in named.items() for name, p in network.named_parameters()}
+    buffers = {f"{player}.{name}": buffer for player, network in named.items() for name, buffer in network.named_buffers()}
+    return buffers | {f"{player}.{name}": p.grad for player, network in named.items() for name, p in network.named_parameters()}
 
 
 @all_families
@@ -300,6 +317,48 @@ def test_r3gan_has_its_published_sizes(
     assert [round(count / 1e6, 2) for count in found] == published
 
 
+@pytest.mark.parametrize(
+    ("resolution", "width", "mapping_layers", "published"),
+    [(1024, 32, 8, (30_370_060, 29_012_513)), (1024, 32, 2, (28_794_124, 29_012_513)), (256, 64, 8, (24_767_458, 24_001_089))],
+    ids=["ffhq1024", "two-layers", "ffhq256"],
+)
+def test_stylegan2_has_its_published_size(resolution: int, width: int, mapping_layers: int, published: tuple[int, int]) -> None:
+    """As its training logs print them, and, for 256 pixels, as counted by hand."""
+    sizes = {"generator_width": width, "discriminator_width": width, "mapping_layers": mapping_layers}
+    model = ModelConfig(family="stylegan2", conditioning="none", latent_dim=512, **sizes)
+    assert parameters(model, DataConfig(resolution=resolution, channels=3, num_classes=0)) == published
+    if mapping_layers == 8:
+        assert published == count_stylegan2(
+            [min(512, width * resolution // pixels) for pixels in (4 << n for n in range(9)) if pixels <= resolution]
+        )
+
+
+def test_stylegan2_ada_for_cifar10_has_the_size_that_is_counted_by_hand() -> None:
+    """Mapping networks of two layers and of eight, an embedding with a bias in both networks, no shortcuts."""
+    sizes = {"generator_width": 512, "discriminator_width": 512, "mapping_layers": 2, "discriminator_architecture": "plain"}
+    model = ModelConfig(family="stylegan2", latent_dim=512, **sizes)
+    generator, discriminator = count_stylegan2([512] * 4)
+    generator += linear(10, 512) + linear(1024, 512) - 7 * linear(512, 512)
+    discriminator += linear(10, 512) + 9 * linear(512, 512) - linear(512, 1) - 3 * 512 * 512
+    assert parameters(model, DataConfig(resolution=32, channels=3, num_classes=10)) == (generator, discriminator)
+
+
+def count_stylegan2(widths: list[int]) -> tuple[int, int]:
+    """Of the unconditional networks with these channels from 4 pixels up and 512 latents."""
+
+    def styled(before: int, after: int) -> int:
+        return linear(512, before) + linear(before, after, 9) + 1
+
+    generator = 8 * linear(512, 512) + 16 * widths[0] + styled(widths[0], widths[0])
+    generator += sum(linear(512, width) + linear(width, 3) for width in widths)
+    discriminator = linear(3, widths[-1]) + linear(widths[0] + 1, widths[0], 9) + linear(16 * widths[0], widths[0])
+    discriminator += linear(widths[0], 1)
+    for low, high in pairwise(widths):
+        generator += styled(low, high) + styled(high, high)
+        discriminator += linear(high, high, 9) + linear(high, low, 9) + high * low
+    return generator, discriminator
+
+
 # Formulas.
 
 
@@ -361,7 +420,13 @@ def test_resampling_is_filtering() -> None:
 
     stuffed = np.zeros((12, 12))
     stuffed[::2, ::2] = x
-    for layer, expected in ((Upsample(), filtered(stuffed, 4)[1:13, 1:13]), (Downsample(), filtered(x, 1)[2:8:2, 2:8:2])):
+    cases = [
+        (Upsample(), filtered(stuffed, 4)[1:13, 1:13]),
+        (Downsample(), filtered(x, 1)[2:8:2, 2:8:2]),
+        (LowPass(padding=1, gain=4.0), filtered(x, 4)[2:7, 2:7]),
+        (LowPass(padding=2), filtered(x, 1)[1:8, 1:8]),
+    ]
+    for layer, expected in cases:
         found = layer.double()(torch.tensor(x).expand(2, 3, 6, 6))
         torch.testing.assert_close(found, torch.tensor(expected).expand_as(found))
 
@@ -463,6 +528,259 @@ def test_mlp_is_its_formula() -> None:
     torch.testing.assert_close(networks.discriminator.trunk(images), x)
 
 
+# StyleGAN2.
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def lrelu(x: torch.Tensor) -> torch.Tensor:
+    return 2**0.5 * torch.where(x > 0, x, 0.2 * x)
+
+
+def shake(module: nn.Module) -> nn.Module:
+    """Off its first values, in float64."""
+    module.double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.3 * torch.randn_like(parameter)
+    return module
+
+
+@pytest.mark.parametrize("up", [False, True])
+def test_styled_convolution_is_the_papers(up: bool) -> None:
+    """Equations 1 and 3 on the weight of each image; upsampled as zeros between the pixels, a convolution of all of them, and
+    then the low-pass filter."""
+    layer = shake(StyledConvolution(4, 5, 6, number=3, up=up))
+    x, w, latents = random(3, 4, 6, 6), random(3, 6), torch.randn(3, 6)
+    found = layer(x, w, latents)
+    taps = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64)
+    for image in range(3):
+        style = w[image] @ layer.style.parametrizations.weight.original.T / 6**0.5 + layer.style.bias
+        weight = layer.weight / 36**0.5 * style[:, None, None]
+        weight = weight / (weight.square().sum((1, 2, 3), keepdim=True) + 1e-8).sqrt()
+        y = x[image : image + 1]
+        if up:
+            stuffed = y.new_zeros(1, 4, 11, 11)
+            stuffed[:, :, ::2, ::2] = y
+            y = F.conv2d(stuffed, weight.flip(2, 3), padding=2)  # 13 × 13
+            y = F.conv2d(y.transpose(0, 1), 4 * torch.outer(taps, taps)[None, None] / 64, padding=1).transpose(0, 1)
+        else:
+            y = F.conv2d(y, weight, padding=1)
+        y = y[0] + layer.noise_strength * hashed_normal(latents, y.shape[2:], 3)[image]
+        torch.testing.assert_close(found[image], lrelu(y + layer.bias[:, None, None]), rtol=1e-6, atol=1e-6)
+
+
+def test_images_are_modulated_sums() -> None:
+    layer = shake(ToImage(4, 3, 6))
+    x, w = random(2, 4, 5, 5), random(2, 6)
+    style = w @ layer.style.weight.T + layer.style.bias
+    expected = torch.einsum("oc,bc,bchw->bohw", layer.weight[:, :, 0, 0] / 2, style, x) + layer.bias[:, None, None]
+    torch.testing.assert_close(layer(x, w), expected)
+
+
+def test_synthesis_adds_up_the_images_of_all_resolutions() -> None:
+    networks = build("stylegan2")
+    generator = networks.generator.eval()
+    latents, labels, _ = draw(networks)
+    w = generator.mapping(latents, labels)
+    ws = [w + 0.1 * number for number in range(4)]
+    block = generator.blocks[0]
+    x = generator.conv(generator.constant.expand(BATCH_SIZE, -1, -1, -1), ws[0], latents)
+    image = block.upsample(generator.to_image(x, ws[1]))
+    x = block.conv2(block.conv1(x, ws[1], latents), ws[2], latents)
+    torch.testing.assert_close(generator.synthesize(torch.stack(ws, 1), latents), image + block.to_image(x, ws[3]))
+    assert [layer.number for layer in generator.modules() if isinstance(layer, StyledConvolution)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("latent_dim", "classes"), [(6, 0), (6, 4), (0, 4)])
+def test_mapping_network_is_its_formula(latent_dim: int, classes: int) -> None:
+    network = shake(MappingNetwork(latent_dim, classes, 5, layers=3))
+    latents, labels = random(3, 6), torch.tensor([2, 0, -1])
+    parts = [latents] if latent_dim else []
+    if classes:
+        weight = network.embedding.parametrizations.weight.original / 2
+        parts.append(torch.stack([weight[:, 2], weight[:, 0], torch.zeros(5)]) + network.embedding.bias)
+    x = torch.cat([part / (part.square().mean(1, keepdim=True) + 1e-8).sqrt() for part in parts], 1)
+    for layer in network.layers:
+        weight, bias = (layer.parametrizations[name].original * 0.01 for name in ("weight", "bias"))
+        x = lrelu(x @ weight.T / x.size(1) ** 0.5 + bias)
+    torch.testing.assert_close(network(latents if latent_dim else None, labels), x)
+
+
+def test_equalized_layers_begin_with_unit_gain() -> None:
+    for layer, fan_in in (
+        (nn.Linear(300, 200), 300),
+        (nn.Conv2d(30, 80, 3), 270),
+        (nn.Embedding(300, 200), 300),
+    ):
+        for rate in (1.0, 0.01):
+            module = equalized(copy.deepcopy(layer), rate=rate, bias=1.0)
+            assert module.parametrizations.weight.original.std().item() * rate == pytest.approx(1, rel=0.02)
+            assert module.weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.02)
+            if not isinstance(layer, nn.Embedding):
+                assert module.bias.unique().item() == pytest.approx(1)
+    generator = build_generator(ModelConfig(family="stylegan2", latent_dim=512, generator_width=256), DataConfig(resolution=8))
+    for name, parameter in generator.named_parameters():
+        if name.endswith(("bias", "bias.original", "noise_strength")):
+            assert parameter.unique().item() == (1 if "style" in name else 0), name
+        else:
+            assert parameter.std().item() == pytest.approx(100 if "mapping.layers" in name else 1, rel=0.05), name
+    w = generator.mapping(torch.randn(64, 512), torch.arange(64) % 10)
+    assert 0.5 < w.square().mean() < 2
+
+
+def test_styles_are_mixed_in_training() -> None:
+    model = ModelConfig(family="stylegan2", latent_dim=8, generator_width=2, mapping_layers=2, style_mixing=0.75)
+    generator = build_generator(model, DataConfig(resolution=64)).double()
+    latents, labels = random(2000, 8), torch.arange(2000) % 10
+    first = generator.mapping(latents, labels)
+    second = generator.mapping(hashed_normal(latents, (8,), -1).double(), labels)
+    found = generator.styles(latents, labels)
+    assert found.shape == (2000, 10, 8)
+    is_first = (found == first[:, None]).all(2)
+    assert (is_first | (found == second[:, None]).all(2)).all()
+    crossover = is_first.sum(1)
+    assert torch.equal(is_first, torch.arange(10) < crossover[:, None]), "one crossover an image"
+    counts = crossover.bincount(minlength=11).tolist()
+    assert counts[0] == 0
+    assert abs(counts[10] - 500) < 80, "a quarter is not mixed"
+    assert max(abs(count - 1500 / 9) for count in counts[1:10]) < 55
+    generator.eval()
+    assert torch.equal(generator.styles(latents, labels), first[:, None].expand(-1, 10, -1))
+    generator.train().style_mixing = 0.0
+    assert torch.equal(generator.styles(latents, labels), first[:, None].expand(-1, 10, -1))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_an_image_depends_on_its_latents_alone(training: bool) -> None:
+    networks = build("stylegan2")
+    generator = networks.generator.train(training)
+    latents, labels, _ = draw(networks)
+    images = generator(latents, labels)
+    torch.testing.assert_close(generator(latents, labels), images, rtol=0, atol=0)
+    for number in range(BATCH_SIZE):
+        torch.testing.assert_close(generator(latents[[number]], labels[[number]]), images[[number]])
+
+
+def test_truncation_draws_toward_the_mean() -> None:
+    networks = build("stylegan2")
+    generator = networks.generator
+    latents, labels, _ = draw(networks)
+    nn.init.normal_(generator.w_average)
+    whole = generator.eval().styles(latents, labels)
+    with truncating(generator, 0.3):
+        torch.testing.assert_close(generator.styles(latents, labels), 0.7 * generator.w_average + 0.3 * whole)
+        images = generator(latents, labels)
+    assert generator.truncation is None
+    assert torch.equal(generator.styles(latents, labels), whole)
+    assert not torch.equal(generator(latents, labels), images)
+
+
+def running_means() -> dict[str, torch.Tensor]:
+    """After three passes of either network over this rank's share of a batch, of which the second is not finite."""
+    with join_world() as world:
+        networks = build("stylegan2")
+        generator, discriminator = networks.generator, networks.discriminator.trunk
+        random = torch.Generator().manual_seed(2)
+        for number in range(3):
+            latents = torch.randn(8, 8, dtype=torch.float64, generator=random)
+            images = torch.rand(8, 3, 8, 8, dtype=torch.float64, generator=random)
+            if number == 1:
+                latents[0], images[0] = torch.inf, torch.nan
+            generator(latents[world.rank :: world.size], torch.arange(8)[world.rank :: world.size] % CLASSES)
+            discriminator(images[world.rank :: world.size])
+        if world.rank == 0:  # alone: nothing is exchanged in evaluation mode
+            generator.eval()(latents[:1], torch.zeros(1, dtype=torch.int64))
+            discriminator.eval()(images[:1])
+        return {"w": generator.w_average, "std": discriminator.compare.running_std}
+
+
+def test_running_means_are_those_of_all_ranks() -> None:
+    networks = build("stylegan2")
+    random = torch.Generator().manual_seed(2)
+    w_average, std_average = torch.zeros(8, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    for number in range(3):
+        latents = torch.randn(8, 8, dtype=torch.float64, generator=random)
+        images = torch.rand(8, 3, 8, 8, dtype=torch.float64, generator=random)
+        if number == 1:
+            continue
+        w = networks.generator.mapping(latents, torch.arange(8) % CLASSES)
+        w_average = 0.998 * w_average + 0.002 * w.mean(0)
+        trunk = networks.discriminator.trunk
+        x = trunk.blocks[0](lrelu(trunk.from_image(images)))
+        std_average = 0.9 * std_average + 0.1 * deviations(x, 2).mean()
+    for means in run_ranks(2, running_means):
+        torch.testing.assert_close(means["w"], w_average)
+        torch.testing.assert_close(means["std"], std_average)
+
+
+def deviations(x: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Of each image's group."""
+    number = len(x) // group_size
+    found = []
+    for image in range(len(x)):
+        members = torch.stack([x[image % number + step * number] for step in range(group_size)])
+        found.append(((members - members.mean(0)).square().mean(0) + 1e-8).sqrt().mean())
+    return torch.stack(found)
+
+
+def test_minibatch_standard_deviation_is_its_formula() -> None:
+    layer = MinibatchStandardDeviation(3).double()
+    x = random(12, 4, 5, 5)
+    found = layer(x)
+    assert torch.equal(found[:, :4], x)
+    torch.testing.assert_close(found[:, 4], deviations(x, 3)[:, None, None].expand(-1, 5, 5))
+    for size in (2, 4):  # ranks
+        for rank in range(size):
+            torch.testing.assert_close(layer(x[rank::size]), found[rank::size])
+    nn.init.constant_(layer.running_std, 0.7)
+    alone = layer.eval()(x[:1])
+    torch.testing.assert_close(alone[0, 4], torch.full((5, 5), 0.7, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"model.minibatch_std=3 does not divide the 4 images .* or say model.minibatch_std=0"):
+        layer.train()(x[:4])
+
+
+def test_images_are_judged_alone_in_evaluation() -> None:
+    networks = build("stylegan2")
+    _, labels, images = draw(networks)
+    discriminator = networks.discriminator
+    assert discriminator.trunk.couples_images
+    together = discriminator.eval()(images, labels)
+    for number in range(BATCH_SIZE):
+        alone = discriminator(images[[number]], labels[[number]])
+        torch.testing.assert_close(alone.class_logits, together.class_logits[[number]])
+        torch.testing.assert_close(alone.logits, together.logits[[number]])
+    without = ModelConfig(family="stylegan2", discriminator_width=4, minibatch_std=0)
+    trunk = build_discriminator(without, DataConfig(resolution=8, channels=3)).double().trunk
+    assert not trunk.couples_images
+    torch.testing.assert_close(trunk(images[:1]), trunk(images)[:1])
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_stylegan2s_blocks_are_filtered_before_they_are_halved(residual: bool) -> None:
+    block = shake(DownBlock(4, 5, residual=residual))
+    x = random(2, 4, 8, 8)
+    h = lrelu(F.conv2d(x, block.conv1.parametrizations.weight.original / 6, block.conv1.bias, padding=1))
+    h = LowPass(padding=2).double()(h)
+    h = F.conv2d(h, block.conv2.parametrizations.weight.original / 6)[:, :, ::2, ::2] + block.conv2.bias[:, None, None]
+    h = lrelu(h)
+    if residual:
+        filtered = LowPass(padding=1).double()(x)
+        h = (h + F.conv2d(filtered, block.shortcut[1].parametrizations.weight.original / 2)[:, :, ::2, ::2]) / 2**0.5
+    torch.testing.assert_close(block(x), h)
+
+
+def test_stylegan2s_logit_is_the_projection_on_the_mapped_label() -> None:
+    head = shake(MappedProjectionHead(6, 4, equalized))
+    features, labels = random(3, 6), torch.tensor([3, 0, 3])
+    logits, *_ = head(features, labels)
+    project = head.project.parametrizations.weight.original / 6**0.5
+    for logit, feature, label in zip(logits, features, head.mapping(None, labels), strict=True):
+        torch.testing.assert_close(logit, (project @ feature + head.project.bias).dot(label) / 6**0.5)
+
+
 # Mistakes.
 
 
@@ -474,6 +792,8 @@ def test_mlp_is_its_formula() -> None:
         ("r3gan", 4, {}, "data.resolution=4: r3gan makes images of 8, 16"),
         ("r3gan", 16, {"widths": (8, 8)}, r"model.widths=\[8, 8\]: images of 16 pixels want 3 of them"),
         ("r3gan", 16, {"group_size": 7}, "model.group_size=7 does not divide 2 × 16.*choose"),
+        ("stylegan2", 12, {}, "data.resolution=12: stylegan2 makes images of 8, 16"),
+        ("stylegan2", 4, {}, "data.resolution=4: stylegan2 makes images of 8, 16"),
         ("resnet", 16, {}, "data.resolution=16: resnet makes images of 32, 64, 128 pixels"),
         ("biggan", 16, {}, "data.resolution=16: biggan makes images of 32, 64, 128, 256, 512 pixels"),
         ("resnet", 32, {"attention": (32,)}, r"model.attention=\[32\]: for images of 32 pixels .* of 8, 16 pixels: choose"),

@@ -131,7 +131,7 @@ def test_adversarial_losses_are_their_formulas() -> None:
     assert expected.keys() == ADVERSARIAL_LOSSES.keys()
     for name, loss in ADVERSARIAL_LOSSES.items():
         judged = (fake, real) if loss.paired else (fake,)
-        values = loss.discriminator(real, fake).item(), loss.generator(*judged).item()
+        values = loss.discriminator(real, fake).mean().item(), loss.generator(*judged).mean().item()
         assert values == pytest.approx(expected[name], rel=1e-12)
 
 

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from gandist.config import Config
 from gandist.data import to_uint8
 from gandist.distributed import World
+from gandist.models import truncates, truncating
 from gandist.randomness import Purpose, draw_latents, random_stream
 
 
@@ -42,7 +43,7 @@ class FakeImages:
             for norm in norms:
                 norm.momentum = 1 / (batch + 1)
             stream = random_stream(self.seed, Purpose.STANDING_STATISTICS, batch)
-            latents = self._latents(stream, size)
+            latents = self._latents(generator, stream, size)
             labels = torch.from_numpy(stream.permutation(proportional_labels(self.class_counts, size)))
             self._generate(generator, *(each[self.world.rank :: self.world.size] for each in (latents, labels)))
         return generator.eval()
@@ -54,16 +55,17 @@ class FakeImages:
         all_labels = torch.from_numpy(proportional_labels(self.class_counts, total))
         for start in range(0, total, size)[self.world.rank :: self.world.size]:
             labels = all_labels[start : start + size]
-            latents = self._latents(random_stream(self.seed, Purpose.EVALUATION, start // size), len(labels))
+            latents = self._latents(generator, random_stream(self.seed, Purpose.EVALUATION, start // size), len(labels))
             yield self._generate(generator, latents, labels)
 
-    def _latents(self, stream: np.random.Generator, count: int) -> torch.Tensor:
-        return draw_latents(stream, count, self.latent_dim, self.settings.truncation)
+    def _latents(self, generator: nn.Module, stream: np.random.Generator, count: int) -> torch.Tensor:
+        return draw_latents(stream, count, self.latent_dim, None if truncates(generator) else self.settings.truncation)
 
     def _generate(self, generator: nn.Module, latents: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         device, dtype = self.world.device, next(generator.parameters()).dtype
         labels = labels.to(device)
-        return to_uint8(generator(latents.to(device, dtype), labels)), labels
+        with truncating(generator, self.settings.truncation):
+            return to_uint8(generator(latents.to(device, dtype), labels)), labels
 
 
 def proportional_labels(class_counts: np.ndarray, size: int) -> np.ndarray:

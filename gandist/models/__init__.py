@@ -27,6 +27,7 @@ from gandist.models.layers import Block, Trunk
 from gandist.models.mlp import MLPGenerator, MLPTrunk
 from gandist.models.r3gan import R3GANGenerator, R3GANTrunk
 from gandist.models.resnet import ResNetGenerator, ResNetTrunk
+from gandist.models.stylegan2 import MappedProjectionHead, StyleGAN2Generator, StyleGAN2Trunk
 
 __all__ = [
     "Discriminator",
@@ -35,6 +36,8 @@ __all__ = [
     "build_generator",
     "evaluating",
     "recompute_activations",
+    "truncates",
+    "truncating",
 ]
 
 
@@ -56,6 +59,7 @@ FAMILIES = {
     "biggan": Family(BigGANGenerator, BigGANTrunk),
     "biggan_deep": Family(BigGANDeepGenerator, BigGANDeepTrunk),
     "r3gan": Family(R3GANGenerator, R3GANTrunk, {"projection": PureProjectionHead}),
+    "stylegan2": Family(StyleGAN2Generator, StyleGAN2Trunk, {"projection": MappedProjectionHead}),
 }
 HEADS = {
     "projection": ProjectionHead,
@@ -91,6 +95,24 @@ def evaluating(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         network.train(training)
+
+
+def truncates(generator: nn.Module) -> bool:
+    """Whether the generator has a truncation of its own, in place of that of its latents."""
+    return hasattr(generator, "truncation")
+
+
+@contextmanager
+def truncating(generator: nn.Module, truncation: float | None) -> Iterator[None]:
+    """A generator that truncates does so by this much in evaluation mode, and then as before."""
+    if not truncates(generator):
+        yield
+        return
+    before, generator.truncation = generator.truncation, truncation
+    try:
+        yield
+    finally:
+        generator.truncation = before
 
 
 def recompute_activations(network: nn.Module) -> None:

@@ -100,12 +100,10 @@ class SyncBatchNorm(_BatchNorm):
         count = input.numel() // input.size(1) * dist.get_world_size()
         return normalized.to(input.dtype), mean, var * (count / (count - 1))
 
-    @torch.no_grad()
     def _track(self, mean: torch.Tensor, var: torch.Tensor) -> None:
         self.num_batches_tracked += 1
         for running, value in ((self.running_mean, mean), (self.running_var, var)):
-            value = value.detach().to(running.dtype)
-            running.lerp_(torch.where(value.isfinite(), value, running), self.momentum)
+            _move(running, value, self.momentum)
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -135,6 +133,20 @@ def plain(layer: nn.Module) -> nn.Module:
     if isinstance(layer, nn.Embedding):
         nn.init.normal_(layer.weight, std=layer.embedding_dim**-0.5)
     return layer
+
+
+def track(running: torch.Tensor, value: torch.Tensor, momentum: float) -> None:
+    """Moves a running mean toward the mean over ranks of a batch's value; every rank calls it. What is not finite is skipped,
+    and recomputation."""
+    if not _recomputing.get():
+        _move(running, mean_over_ranks(value.detach()), momentum)
+
+
+@torch.no_grad()
+def _move(running: torch.Tensor, value: torch.Tensor, momentum: float) -> None:
+    value = value.to(running.dtype)
+    # Not `running.lerp_`, which functorch refuses in a `vjp`, where a compiled gradient penalty runs.
+    torch._foreach_lerp_([running], [torch.where(value.isfinite(), value, running)], momentum)
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -181,6 +193,19 @@ class ConditionalBatchNorm(nn.Module):
         gain = 1 + self.gain(labels)[:, :, None, None]
         bias = self.bias(labels)[:, :, None, None]
         return torch.addcmul(bias, self.norm(x), gain)
+
+
+class LowPass(nn.Module):
+    """The low-pass filter [1, 3, 3, 1] along both axes; padding: zeros around the feature map."""
+
+    def __init__(self, padding: int, gain: float = 1.0):
+        super().__init__()
+        self.padding = padding
+        self.register_buffer("kernel", gain * _low_pass_filter(), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] → as many channels, of H + 2 · padding − 3"""
+        return F.conv2d(x, self.kernel.expand(x.size(1), -1, -1, -1), padding=self.padding, groups=x.size(1))
 
 
 class Upsample(nn.Module):
