@@ -70,6 +70,8 @@ def test_all_mistakes_are_shown_at_once(tmp_path: Path) -> None:
         ("model: {attention: [16]}", "attention is for family=resnet or biggan or biggan_deep, not for dcgan: leave it out"),
         ("model: {family: biggan, widths: [8, 8]}", "widths is for family=r3gan, not for biggan: leave it out"),
         ("model: {group_size: 32}", "group_size is for family=r3gan, not for dcgan"),
+        ("model: {family: mlp, discriminator_norm: none}", "discriminator_norm is for family=dcgan or resnet, not for mlp"),
+        ("model: {generator_spectral_norm: true}", "generator_spectral_norm is for family=resnet, not for dcgan"),
         (
             "{model: {family: r3gan}, data: {unlabelled: allow}}",
             "the match of image and label alone: say model.conditioning=aux",
