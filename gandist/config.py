@@ -167,6 +167,7 @@ class LossConfig(Section):
         1.0  # of the conditioning's own loss: twin_auxiliary, adc, contrastive, d2d_ce, multi_hinge
     )
     temperature: Positive = 0.5  # of the comparisons of contrastive and d2d_ce
+    margin: Share = 0.98  # d2d_ce: the cosine to its class's proxy that is near enough, and 1 − margin to others far enough
 
     @property
     def has_penalty(self) -> bool:

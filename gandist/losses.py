@@ -76,33 +76,37 @@ ADVERSARIAL_LOSSES = {
 }
 
 
-def conditional_contrastive(
-    to_proxy: torch.Tensor, to_others: torch.Tensor, alike: torch.Tensor, left_out: torch.Tensor, temperature: float
-) -> torch.Tensor:
-    """The 2C loss of each image, [B] (ContraGAN, Kang & Park 2020, 2006.12681, equation 8): nearer to the proxy of its class
-    and to images of it than to other images.
+class Similarity(NamedTuple):
+    """Of each image's embedding to others, as cosines.
 
-    to_proxy:  cosine of its embedding and its class's proxy, [B, 1]
-    to_others: cosines of its embedding and those of the global batch, [B, N]
+    to_proxy:  and its class's proxy, [B, 1]
+    to_others: and the embeddings of the global batch, [B, N]
     alike, left_out: bool [B, N], which of these are of its class, and which it is not compared with, itself among them
     """
-    to_proxy = to_proxy / temperature
-    to_others = (to_others / temperature).masked_fill(left_out, -torch.inf)
-    positive = torch.cat([to_proxy, to_others.masked_fill(~alike, -torch.inf)], 1).logsumexp(1)
+
+    to_proxy: torch.Tensor
+    to_others: torch.Tensor
+    alike: torch.Tensor
+    left_out: torch.Tensor
+
+
+def conditional_contrastive(cosines: Similarity, temperature: float, margin: float) -> torch.Tensor:
+    """The 2C loss of each image, [B] (ContraGAN, Kang & Park 2020, 2006.12681, equation 8): nearer to the proxy of its class
+    and to images of it than to other images. It has no margin."""
+    to_proxy = cosines.to_proxy / temperature
+    to_others = (cosines.to_others / temperature).masked_fill(cosines.left_out, -torch.inf)
+    positive = torch.cat([to_proxy, to_others.masked_fill(~cosines.alike, -torch.inf)], 1).logsumexp(1)
     return torch.cat([to_proxy, to_others], 1).logsumexp(1) - positive
 
 
-POSITIVE_MARGIN, NEGATIVE_MARGIN = 0.98, -0.02  # cosines that are near and far enough, in ReACGAN
-
-
-def data_to_data_cross_entropy(
-    to_proxy: torch.Tensor, to_others: torch.Tensor, alike: torch.Tensor, left_out: torch.Tensor, temperature: float
-) -> torch.Tensor:
+def data_to_data_cross_entropy(cosines: Similarity, temperature: float, margin: float) -> torch.Tensor:
     """The D2D-CE loss of each image, [B] (ReACGAN, Kang et al. 2021, 2111.01118, equation 6): as `conditional_contrastive`, but
-    images of the same class leave each other alone, and what is near or far enough counts no further."""
-    to_proxy = (to_proxy - POSITIVE_MARGIN).clamp(max=0) / temperature
-    to_others = (to_others - NEGATIVE_MARGIN).clamp(min=0) / temperature
-    return torch.cat([to_proxy, to_others.masked_fill(alike | left_out, -torch.inf)], 1).logsumexp(1) - to_proxy.squeeze(1)
+    images of the same class leave each other alone, and cosines above the margin to the proxy, or below 1 − margin to other
+    images, count no further."""
+    to_proxy = (cosines.to_proxy - margin).clamp(max=0) / temperature
+    to_others = (cosines.to_others - (1 - margin)).clamp(min=0) / temperature
+    to_others = to_others.masked_fill(cosines.alike | cosines.left_out, -torch.inf)
+    return torch.cat([to_proxy, to_others], 1).logsumexp(1) - to_proxy.squeeze(1)
 
 
 def cross_entropy(class_logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

@@ -75,7 +75,7 @@ class DiscriminatorObjective(nn.Module):
         loss, consistency = config.loss, config.consistency
         self.network = discriminator
         self.network.head.detached = config.classification.detach
-        self.network.head.temperature = loss.temperature
+        self.network.head.temperature, self.network.head.margin = loss.temperature, loss.margin
         self.autocast = autocast
         self.augmentation = Augmentation(config.augmentation, config.data.channels, config.train.batch_size)
         self.adversarial = ADVERSARIAL_LOSSES[loss.adversarial]

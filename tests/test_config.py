@@ -73,6 +73,8 @@ def test_all_mistakes_are_shown_at_once(tmp_path: Path) -> None:
         ("model: {family: r3gan, max_width: 64}", "max_width is for family=stylegan2, not for r3gan"),
         ("model: {family: stylegan2, style_mixing: 1.5}", "model.style_mixing: Input should be less than or equal to 1"),
         ("model: {group_size: 32}", "group_size is for family=r3gan, not for dcgan"),
+        ("model: {family: mlp, discriminator_norm: none}", "discriminator_norm is for family=dcgan or resnet, not for mlp"),
+        ("model: {generator_spectral_norm: true}", "generator_spectral_norm is for family=resnet, not for dcgan"),
         (
             "{model: {family: r3gan}, data: {unlabelled: allow}}",
             "the match of image and label alone: say model.conditioning=aux",

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -18,9 +19,11 @@ from gandist.engine import choose_precision
 from gandist.errors import ConfigError
 from gandist.flops import count_run
 from gandist.models import FAMILIES, build_discriminator, build_generator, recompute_activations, truncating
+from gandist.models import spectral_norm as spectral_norm_module
 from gandist.models.biggan import LinearlyConditionedBatchNorm
+from gandist.models.biggan_deep import BottleneckDownBlock, BottleneckUpBlock
 from gandist.models.heads import PureProjectionHead
-from gandist.models.layers import Downsample, LowPass, Upsample
+from gandist.models.layers import NORMS, Downsample, LowPass, Upsample
 from gandist.models.noise import hashed_normal
 from gandist.models.residual import ResidualDownBlock, ResidualUpBlock, SelfAttention
 from gandist.models.spectral_norm import power_iteration
@@ -48,11 +51,9 @@ SMALL = {  # of each family and some of its variants: the resolution, and what i
     "biggan_deep": (32, {"generator_width": 8, "discriminator_width": 8, "attention": (8,)}),
     "r3gan": (16, {"widths": (8, 8, 4), "group_size": 4}),
     "dcgan-batch": (8, {"generator_width": 4, "discriminator_width": 4, "discriminator_norm": "batch"}),
-    "dcgan-layer": (8, {"generator_width": 4, "discriminator_width": 4, "discriminator_norm": "layer"}),
-    "resnet-batch": (32, {"generator_width": 4, "discriminator_width": 4, "discriminator_norm": "batch"}),
-    "resnet-none": (
+    "resnet-layer": (
         32,
-        {"generator_width": 4, "discriminator_width": 4, "discriminator_norm": "none", "generator_spectral_norm": True},
+        {"generator_width": 4, "discriminator_width": 4, "discriminator_norm": "layer", "generator_spectral_norm": True},
     ),
     "stylegan2": (8, {"generator_width": 4, "discriminator_width": 4, "mapping_layers": 2, "max_width": 6, "minibatch_std": 2}),
 }
@@ -61,7 +62,7 @@ OTHERS = {  # resolutions
     "dcgan": [8, 64],
     "resnet": [64, 128],
     "biggan": [64, 128, 256, 512],
-    "biggan_deep": [64, 128, 256, 512],
+    "biggan_deep": [64, 512],
     "r3gan": [8, 64],
     "stylegan2": [16, 256],
 }
@@ -122,6 +123,14 @@ def penalties(networks: Networks) -> dict[str, float]:
     return {} if networks.discriminator.trunk.couples_images else {"r1_gamma": 1.0, "r2_gamma": 1.0}
 
 
+@pytest.fixture
+def shapes_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tensors have no values, for which power iterations would be a waste of time."""
+    monkeypatch.setattr(spectral_norm_module, "FIRST_ITERATIONS", 0)
+    with FakeTensorMode():
+        yield
+
+
 def test_every_family_is_tested() -> None:
     assert SMALL.keys() >= FAMILIES.keys() == OTHERS.keys()
 
@@ -141,15 +150,15 @@ def test_shapes(family: str, conditioning: str, channels: int) -> None:
     assert output.features.shape[0] == BATCH_SIZE
 
 
+@pytest.mark.usefixtures("shapes_alone")
 @pytest.mark.parametrize(("family", "resolution"), [(family, each) for family, sizes in OTHERS.items() for each in sizes])
 def test_other_resolutions(family: str, resolution: int) -> None:
     model = ModelConfig(family=family, latent_dim=840, generator_width=8, discriminator_width=8)
     data = DataConfig(resolution=resolution, channels=3)
-    with FakeTensorMode():
-        latents, labels = torch.zeros(4, 840), torch.zeros(4, dtype=torch.int64)
-        images = build_generator(model, data)(latents, labels)
-        assert images.shape == (4, 3, resolution, resolution)
-        assert build_discriminator(model, data)(images, labels).logits.shape == (4,)
+    latents, labels = torch.zeros(4, 840), torch.zeros(4, dtype=torch.int64)
+    images = build_generator(model, data)(latents, labels)
+    assert images.shape == (4, 3, resolution, resolution)
+    assert build_discriminator(model, data)(images, labels).logits.shape == (4,)
 
 
 @all_families
@@ -211,6 +220,14 @@ def test_the_class_changes_images_and_logits(family: str) -> None:
         assert change.reshape(BATCH_SIZE, -1).abs().amax(1).min() > 1e-4
 
 
+@all_families
+def test_images_are_coupled_where_it_says_so(family: str) -> None:
+    trunk = build(family).discriminator.trunk
+    images = draw(build(family))[2]
+    together, alone = trunk(images), torch.cat([trunk(images[:2]), trunk(images[2:])])
+    assert trunk.couples_images == (not torch.allclose(together, alone))
+
+
 def gradients(networks: Networks, *, compiled: bool) -> dict[str, torch.Tensor]:
     """And what buffers then hold."""
     latents, labels, images = draw(networks)
@@ -253,8 +270,7 @@ def test_flops_are_counted(family: str) -> None:
 
 def parameters(model: ModelConfig, data: DataConfig) -> tuple[int, int]:
     """Of the generator, and of the discriminator without the classifier, which the papers have not."""
-    with FakeTensorMode():
-        networks = build_generator(model, data), build_discriminator(model, data)
+    networks = build_generator(model, data), build_discriminator(model, data)
     return tuple(sum(p.numel() for name, p in network.named_parameters() if "classifier" not in name) for network in networks)
 
 
@@ -263,6 +279,7 @@ def linear(inputs: int, outputs: int, taps: int = 1) -> int:
     return (inputs * taps + 1) * outputs
 
 
+@pytest.mark.usefixtures("shapes_alone")
 @pytest.mark.parametrize("classes", [0, 10])
 def test_sngan_has_the_size_of_its_table(classes: int) -> None:
     """Table 4 of 1802.05957, counted by hand: of G the linear layer, three blocks of two convolutions, a shortcut and two
@@ -291,12 +308,51 @@ def test_sngan_has_the_size_of_its_table(classes: int) -> None:
         assert [round(count / 1e6, 2) for count in found] == [4.30, 1.06]
 
 
+@pytest.mark.usefixtures("shapes_alone")
+def test_wgan_gp_has_the_size_of_its_residual_networks() -> None:
+    """Those for CIFAR-10 of 1704.00028, appendix F, counted by hand."""
+    model = ModelConfig(
+        family="resnet",
+        latent_dim=128,
+        generator_width=128,
+        discriminator_width=128,
+        conditioning="none",
+        discriminator_norm="none",
+    )
+    block = 2 * linear(128, 128, 9) + linear(128, 128) + 2 * 2 * 128
+    generator = linear(128, 4 * 4 * 128) + 3 * block + 2 * 128 + linear(128, 3, 9)
+    first = linear(3, 128, 9) + linear(128, 128, 9) + linear(3, 128)
+    discriminator = first + 6 * linear(128, 128, 9) + linear(128, 128) + linear(128, 1)
+    assert parameters(model, DataConfig(resolution=32, channels=3, num_classes=0)) == (generator, discriminator)
+
+
+@pytest.mark.usefixtures("shapes_alone")
+def test_dcgan_with_batch_norm_has_no_needless_biases() -> None:
+    model = ModelConfig(family="dcgan", discriminator_width=64, conditioning="none", discriminator_norm="batch")
+    _, found = parameters(model, DataConfig(resolution=32, channels=3, num_classes=0))
+    blocks = [16 * before * 2 * before + 2 * 2 * before for before in (64, 128, 256)]
+    assert found == linear(3, 64, 9) + sum(blocks) + linear(512, 1)
+
+
+@pytest.mark.usefixtures("shapes_alone")
 def test_biggan_has_its_published_size() -> None:
     model = ModelConfig(family="biggan", latent_dim=120, generator_width=96, discriminator_width=96, attention=(64,))
     found = parameters(model, DataConfig(resolution=128, channels=3, num_classes=1000))
     assert [round(count / 1e6, 2) for count in found] == [70.43, 87.98]
 
 
+@pytest.mark.usefixtures("shapes_alone")
+@pytest.mark.parametrize(("resolution", "published"), [(128, [50.4, 34.6]), (256, [55.9]), (512, [56.2])])
+def test_biggan_deep_has_its_published_sizes(resolution: int, published: list[float]) -> None:
+    """Those of generators are of networks whose last convolution makes 128 channels, of which three are used."""
+    model = ModelConfig(family="biggan_deep", latent_dim=128, generator_width=128, discriminator_width=128, attention=(64,))
+    generator, discriminator = parameters(model, DataConfig(resolution=resolution, channels=3, num_classes=1000))
+    generator += linear(128, 128, 9) - linear(128, 3, 9)
+    found = [round(count / 1e6, 1) for count in (generator, discriminator)]
+    assert found[: len(published)] == published
+
+
+@pytest.mark.usefixtures("shapes_alone")
 @pytest.mark.parametrize(
     ("resolution", "classes", "widths", "group_size", "published"),
     [
@@ -390,6 +446,58 @@ def test_residual_blocks_are_the_papers() -> None:
         torch.testing.assert_close(down(x), whole.unflatten(2, (3, 2)).unflatten(4, (3, 2)).mean((3, 5)))
 
 
+@pytest.mark.parametrize("name", ["batch", "layer"])
+def test_norms_of_the_discriminator_are_their_formulas(name: str) -> None:
+    """Batch norm, over all places of all images; layer norm, over all places and channels. Neither in the first block."""
+    x = torch.randn(3, 4, 6, 6, dtype=torch.float64)
+    block = ResidualDownBlock(4, 6, 5, halve=False, preactivate=True, layer=nn.Module.double, norm=NORMS[name]).double()
+
+    def norm(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
+        nn.init.normal_(module.weight)
+        nn.init.normal_(module.bias)
+        dims = (0, 2, 3) if name == "batch" else (1, 2, 3)
+        deviation = x - x.mean(dims, keepdim=True)
+        normalized = deviation / (deviation.square().mean(dims, keepdim=True) + 1e-5).sqrt()
+        return normalized * module.weight[:, None, None] + module.bias[:, None, None]
+
+    h = F.conv2d(F.relu(norm(x, block.norm1)), block.conv1.weight, block.conv1.bias, padding=1)
+    h = F.conv2d(F.relu(norm(h, block.norm2)), block.conv2.weight, block.conv2.bias, padding=1)
+    shortcut = F.conv2d(x, block.shortcut.weight, block.shortcut.bias)
+    torch.testing.assert_close(block(x), h + shortcut)
+    assert (block.conv1.bias is None) == (name == "batch")
+    first = ResidualDownBlock(3, 6, 6, halve=True, preactivate=False, layer=nn.Module.double, norm=NORMS[name])
+    assert {each.partition(".")[0] for each, _ in first.named_parameters()} == {"conv1", "conv2", "shortcut"}
+
+
+def test_dcgans_batch_norm_is_in_all_but_the_first_layer() -> None:
+    networks = build("dcgan-batch")
+    trunk, images = networks.discriminator.trunk, draw(networks)[2]
+    x = F.leaky_relu(F.conv2d(images, trunk.from_image.weight, trunk.from_image.bias, padding=1), 0.1)
+    for block in trunk.blocks:
+        x = F.conv2d(x, block.downsample.weight, stride=2, padding=1)
+        mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), correction=0, keepdim=True)
+        x = (x - mean) / (var + 1e-5).sqrt() * block.norm.weight[:, None, None] + block.norm.bias[:, None, None]
+        x = torch.where(x > 0, x, 0.1 * x)
+    torch.testing.assert_close(trunk(images), x.mean((2, 3)))
+
+
+def test_sagans_generator_has_spectral_norm() -> None:
+    model = ModelConfig(
+        family="resnet", generator_width=8, discriminator_width=8, attention=(16,), generator_spectral_norm=True
+    )
+    generator = build_generator(model, DataConfig(resolution=32)).double()
+    with torch.no_grad():
+        for parameter in generator.parameters():
+            parameter += torch.randn_like(parameter)
+    for _ in range(200):
+        power_iteration(generator)
+    layers = [module for module in generator.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    assert len(layers) == 1 + 3 * 3 + 4 + 1
+    for layer in layers:
+        assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, abs=1e-3)
+        assert torch.linalg.matrix_norm(layer.parametrizations.weight.original.flatten(1), 2) > 2
+
+
 def test_self_attention_is_the_formula() -> None:
     layer = SelfAttention(8, nn.Module.double).double()
     x = torch.randn(2, 8, 4, 4, dtype=torch.float64)
@@ -431,8 +539,9 @@ def test_resampling_is_filtering() -> None:
         torch.testing.assert_close(found, torch.tensor(expected).expand_as(found))
 
 
-def test_attention_comes_after_the_blocks_of_its_resolution() -> None:
-    model = ModelConfig(family="resnet", attention=(16, 32), generator_width=2, discriminator_width=2)
+@pytest.mark.parametrize("family", ["resnet", "biggan_deep"])
+def test_attention_comes_after_the_blocks_of_its_resolution(family: str) -> None:
+    model = ModelConfig(family=family, attention=(16, 32), generator_width=2, discriminator_width=2)
     data = DataConfig(resolution=64, channels=3)
     seen = []
     for network in (build_generator(model, data), build_discriminator(model, data)):
@@ -462,8 +571,51 @@ def test_biggans_norms_are_linear_in_chunk_and_class() -> None:
         torch.testing.assert_close(output, normalized * (1 + gain)[:, :, None, None] + bias[:, :, None, None])
 
 
-def test_biggan_begins_orthogonal() -> None:
-    model = ModelConfig(family="biggan", generator_width=2, discriminator_width=2)
+def test_bottlenecks_are_the_papers() -> None:
+    """Figure 16 of 1809.11096."""
+    x, labels = torch.randn(3, 16, 6, 6, dtype=torch.float64), torch.tensor([1, 2, 3])
+    scale = labels[:, None, None, None]
+
+    def convolve(x: torch.Tensor, layer: nn.Conv2d) -> torch.Tensor:
+        return F.conv2d(F.relu(x), layer.weight, layer.bias, padding=layer.kernel_size[0] // 2)
+
+    def upsample(x: torch.Tensor) -> torch.Tensor:
+        return x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+    def pool(x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(2, (-1, 2)).unflatten(4, (-1, 2)).mean((3, 5))
+
+    up = BottleneckUpBlock(16, 8, double=True, norm=TimesLabel).double()
+    h = convolve(upsample(F.relu(convolve(x * scale, up.conv1) * scale)), up.conv2)
+    h = convolve(convolve(h * scale, up.conv3) * scale, up.conv4)
+    torch.testing.assert_close(up(x, labels), h + upsample(x[:, :8]))
+
+    down = BottleneckDownBlock(16, 24, halve=True).double()
+    h = convolve(pool(F.relu(convolve(convolve(convolve(x, down.conv1), down.conv2), down.conv3))), down.conv4)
+    widened = F.conv2d(x, down.widen.weight, down.widen.bias)
+    torch.testing.assert_close(down(x), h + pool(torch.cat([x, widened], 1)))
+    assert [layer.out_channels for layer in (up.conv1, up.conv2, up.conv3, up.conv4)] == [4, 4, 4, 8]
+    assert [layer.out_channels for layer in (down.conv1, down.conv2, down.conv3, down.conv4)] == [6, 6, 6, 24]
+
+
+def test_biggan_deeps_norms_are_linear_in_the_whole_latent_and_the_class() -> None:
+    networks = build("biggan_deep")
+    latents, labels, _ = draw(networks)
+    generator = networks.generator
+    conditions = []
+    for module in generator.modules():
+        if isinstance(module, LinearlyConditionedBatchNorm):
+            module.register_forward_pre_hook(lambda module, inputs: conditions.append(inputs[1]))
+    generator.project.register_forward_pre_hook(lambda module, inputs: conditions.append(inputs[0]))
+    generator(latents, labels)
+    assert len(conditions) == 1 + 3 * 2 * 4
+    for condition in conditions:
+        torch.testing.assert_close(condition, torch.cat([latents, generator.embedding.weight[labels]], 1))
+
+
+@pytest.mark.parametrize("family", ["biggan", "biggan_deep"])
+def test_biggan_begins_orthogonal(family: str) -> None:
+    model = ModelConfig(family=family, generator_width=2, discriminator_width=2)
     for network in (build_generator(model, DataConfig(resolution=32)), build_discriminator(model, DataConfig(resolution=32))):
         for module in network.modules():
             if hasattr(module, "parametrizations"):

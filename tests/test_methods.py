@@ -403,9 +403,9 @@ class D2DCE(Contrastive):
 
     def term(self, embedding, proxies, labels, i, others):
         t, zero = self.loss.temperature, torch.zeros((), dtype=torch.float64)
-        near = torch.exp(torch.minimum(embedding[i] @ proxies[labels[i]] - 0.98, zero) / t)
+        near = torch.exp(torch.minimum(embedding[i] @ proxies[labels[i]] - 0.9, zero) / t)
         unlike = [embedding[j] for j in others if labels[j] != labels[i]]
-        return -torch.log(near / (near + sum(torch.exp(torch.maximum(embedding[i] @ e + 0.02, zero) / t) for e in unlike)))
+        return -torch.log(near / (near + sum(torch.exp(torch.maximum(embedding[i] @ e - 0.1, zero) / t) for e in unlike)))
 
 
 class Augmented(Literal):
@@ -494,7 +494,7 @@ CASES: dict[str, tuple[type[Literal], list[str]]] = {
     "adc": (DiscriminativeClassifier, ["model.conditioning=adc", "loss.conditioning_weight=0.6", "data.unlabelled=allow"]),
     "multi_hinge": (MultiHinge, ["model.conditioning=multi_hinge", "data.unlabelled=allow"]),
     "contrastive": (Contrastive, ["model.conditioning=contrastive", "loss.conditioning_weight=0.6", "data.unlabelled=allow"]),
-    "d2d_ce": (D2DCE, ["model.conditioning=d2d_ce", "loss.temperature=0.4", "data.unlabelled=allow"]),
+    "d2d_ce": (D2DCE, ["model.conditioning=d2d_ce", "loss.temperature=0.4", "loss.margin=0.9", "data.unlabelled=allow"]),
     "diffaugment": (Augmented, ["augmentation.pipe=diffaugment", "augmentation.probability=0.6", "loss.r1_gamma=3"]),
     "ada": (Augmented, ["augmentation.pipe=ada", "augmentation.probability=0.6", "loss.r1_gamma=3"]),
     "path length": (PathLength, [*STYLES, "loss.path_length_weight=2", "loss.path_length_every=4", "model.minibatch_std=0"]),

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gandist.losses import conditional_contrastive, cross_entropy, data_to_data_cross_entropy, multi_hinge
+from gandist.losses import Similarity, conditional_contrastive, cross_entropy, data_to_data_cross_entropy, multi_hinge
 from gandist.models.layers import Layer, Trunk, gather_over_ranks, rank_and_size
 
 EMBEDDING = 512  # features of what images are compared by, as ContraGAN and ReACGAN have them
@@ -30,7 +30,7 @@ class Head(nn.Module):
     conditions:           whether there is a conditioning loss, `discriminator_loss` and `generator_loss`
     replaces_adversarial: whether that loss also tells real from made
     detached:             whether the trunk learns nothing from the class head
-    temperature:          of comparisons of images
+    temperature, margin:  of comparisons of images
     """
 
     guides_generator = False
@@ -38,6 +38,7 @@ class Head(nn.Module):
     replaces_adversarial = False
     detached = False
     temperature = 1.0
+    margin = 1.0
 
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """features [B, F], labels int64 [B], −1 for none → logits [B], class_logits [B, K], evidence [B, E]"""
@@ -204,7 +205,7 @@ class MultiHingeHead(Head):
 class ComparingHead(ConditioningHead):
     """Images are compared with each other, over all ranks, and with a proxy of their class."""
 
-    compare: Callable[..., torch.Tensor]  # as losses.conditional_contrastive
+    compare: Callable[[Similarity, float, float], torch.Tensor]  # similarities, temperature, margin → [B]
 
     def __init__(self, features: int, num_classes: int, layer: Layer):
         super().__init__(features, num_classes, layer)
@@ -230,9 +231,8 @@ class ComparingHead(ConditioningHead):
         numbers = torch.arange(len(labels), device=labels.device) + rank * len(labels)
         itself = numbers[:, None] == torch.arange(len(all_labels), device=labels.device)
         to_proxy = (fake * self.proxies_of(labels).to(fake.dtype)).sum(1, keepdim=True)
-        alike = labels[:, None] == all_labels
-        losses = self.compare(to_proxy, fake @ everyone.T, alike, itself | (all_labels < 0), self.temperature)
-        return torch.where(labels >= 0, losses, 0)
+        cosines = Similarity(to_proxy, fake @ everyone.T, labels[:, None] == all_labels, itself | (all_labels < 0))
+        return torch.where(labels >= 0, self.compare(cosines, self.temperature, self.margin), 0)
 
 
 class ContrastiveHead(ComparingHead):

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 from gandist.config import DataConfig, ModelConfig
 from gandist.errors import ConfigError
 from gandist.models.heads import Head
-from gandist.models.layers import Block, Downsample, Layer, LowPass, Upsample, track
+from gandist.models.layers import Block, Downsample, Layer, LowPass, Trunk, Upsample, track
 from gandist.models.noise import hashed_normal, hashed_uniform
 
 SMALLEST = 4  # pixels of the first feature map of G and the last of D
@@ -288,7 +288,7 @@ class MinibatchStandardDeviation(nn.Module):
             return (groups.var(0, correction=0) + EPS).sqrt().mean((1, 2, 3))
 
 
-class StyleGAN2Trunk(nn.Module):
+class StyleGAN2Trunk(Trunk):
     """couples_images: whether features depend on the other images of the batch, in training mode"""
 
     layer = staticmethod(equalized)
@@ -323,7 +323,7 @@ class MappedProjectionHead(Head):
         self.mapping = MappingNetwork(0, num_classes, features, LABEL_LAYERS)
         self.classifier = nn.Linear(features, num_classes)
 
-    def judge(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def judge(self, features: torch.Tensor, labels: torch.Tensor, evidence: torch.Tensor) -> torch.Tensor:
         return (self.project(features) * self.mapping(None, labels)).sum(1) / math.sqrt(features.size(1))
 
 
