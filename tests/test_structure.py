@@ -47,7 +47,6 @@ ROWS = [
     "gandist.models.layers",
     "gandist.models.residual",
     "gandist.models.heads",
-    "gandist.models.noise",
     "gandist.models.mlp",
     "gandist.models.dcgan",
     "gandist.models.resnet",
