@@ -52,6 +52,7 @@ ROWS = [
     "gandist.models",
     "gandist.losses",
     "gandist.penalties",
+    "gandist.augment",
     "gandist.randomness",
     "gandist.ema",
     "gandist.objective",

@@ -77,7 +77,7 @@ class SyncBatchNorm(_BatchNorm):
         x = input.to(torch.promote_types(input.dtype, torch.float32))
         # Mean and mean square, so that one exchange suffices; in float64, so that their difference is exact enough.
         var, mean = (each.double() for each in torch.var_mean(x, dims, correction=0))
-        mean, mean_square = _mean_over_ranks(torch.stack([mean, var + mean.square()]))
+        mean, mean_square = sum_over_ranks(torch.stack([mean, var + mean.square()])) / dist.get_world_size()
         var = mean_square - mean.square()
         scale = torch.rsqrt(var + self.eps)
         normalized = (x - mean.to(x.dtype).view(shape)) * scale.to(x.dtype).view(shape)
@@ -108,20 +108,21 @@ class _SumOverRanks(torch.autograd.Function):
         return _SumOverRanks.apply(gradient)
 
 
-def _mean_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    return _SumOverRanks.apply(tensor) / dist.get_world_size()
-
-
 def rank_and_size() -> tuple[int, int]:
     """Of the process group, if there is one."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """[…] of each rank → […], their sum, differentiable twice."""
+    return _SumOverRanks.apply(tensor) if rank_and_size()[1] > 1 else tensor
 
 
 def gather_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """[B, …] of each rank → [world_size · B, …] of all, in their order, differentiable twice."""
     rank, size = rank_and_size()
     nothing = torch.zeros_like(tensor)
-    return _SumOverRanks.apply(torch.cat([tensor if other == rank else nothing for other in range(size)]))
+    return sum_over_ranks(torch.cat([tensor if other == rank else nothing for other in range(size)]))
 
 
 class ConditionalBatchNorm(nn.Module):
