@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from gandist.models.layers import sum_over_ranks
@@ -122,7 +121,7 @@ class AdaptiveAugment(nn.Module):
         self.strengths = {name: strengths.get(name, 0.0) for name in COLUMNS}
         if channels == 1:
             self.strengths |= dict.fromkeys(OF_COLOURS, 0.0)
-        self.register_buffer("taps", torch.tensor(SYM6, dtype=torch.float64)[None, None, None], persistent=False)
+        self.register_buffer("taps", torch.tensor(SYM6, dtype=torch.float64), persistent=False)
 
     def forward(self, images: torch.Tensor, uniforms: torch.Tensor, probability: torch.Tensor) -> torch.Tensor:
         """images [B, C, H, W] in [-1, 1], uniforms [B, columns] in [0, 1), probability [] → [B, C, H, W]"""
@@ -140,9 +139,10 @@ class AdaptiveAugment(nn.Module):
         for (name, strength), numbers in zip(self.strengths.items(), uniforms.split(list(COLUMNS.values()), 1), strict=True):
             gate, *parameters = numbers.unbind(1)
             threshold = probability * strength
-            if name == "rotate":  # either of two, so that there is one at least with this probability
-                threshold = 1 - (1 - threshold).sqrt()
-                parameters[1] = (parameters[1] < threshold).to(uniforms.dtype)
+            if name == "rotate":
+                threshold = 1 - (1 - threshold).sqrt()  # of either turn, so that there is one at least with that probability
+                angle, other_gate, other_angle = parameters
+                parameters = angle, (other_gate < threshold).to(uniforms.dtype), other_angle
             draws[name] = (gate < threshold).to(uniforms.dtype), *parameters
         return draws
 
@@ -186,24 +186,37 @@ def _blit(images: torch.Tensor, matrix: torch.Tensor, offset: torch.Tensor) -> t
 
 def _warp(images: torch.Tensor, matrix: torch.Tensor, offset: torch.Tensor, taps: torch.Tensor) -> torch.Tensor:
     """Bilinear sampling at twice the resolution."""
-    planes = images.flatten(0, 1)[:, None]
-    for _ in range(2):
-        planes = torch.cat([planes[..., 1:4].flip(3), planes, planes[..., -4:-1].flip(3)], 3)
-        planes = F.conv_transpose2d(planes, taps, stride=(1, 2), padding=(0, 6 + FIRST)).transpose(2, 3)
-    fine = planes.unflatten(0, images.shape[:2]).squeeze(2)
-
-    lengths = (2 * size + len(SYM6) - 2 for size in images.shape[2:])
-    grid = ((torch.arange(length, device=images.device, dtype=images.dtype) - CENTRE) / 2 for length in lengths)
+    sizes = images.shape[2:]
+    down, across = (_synthesis(size, taps) for size in sizes)
+    fine = down @ images @ across.T
+    grid = ((torch.arange(2 * size + len(SYM6) - 2, device=taps.device, dtype=taps.dtype) - CENTRE) / 2 for size in sizes)
     rows, columns = (2 * place + (CENTRE - FIRST) for place in _sources(images, matrix, offset, *grid))
     top, left = rows.floor(), columns.floor()
-    down, right = (rows - top)[:, None], (columns - left)[:, None]
-    above = torch.lerp(_take(fine, top, left), _take(fine, top, left + 1), right)
-    below = torch.lerp(_take(fine, top + 1, left), _take(fine, top + 1, left + 1), right)
+    below, right = (rows - top)[:, None], (columns - left)[:, None]
+    upper = torch.lerp(_take(fine, top, left), _take(fine, top, left + 1), right)
+    lower = torch.lerp(_take(fine, top + 1, left), _take(fine, top + 1, left + 1), right)
+    down, across = (_analysis(size, taps) for size in sizes)
+    return down @ torch.lerp(upper, lower, below) @ across.T
 
-    planes = torch.lerp(above, below, down).flatten(0, 1)[:, None]
-    for _ in range(2):
-        planes = F.conv2d(planes, taps, stride=(1, 2)).transpose(2, 3)
-    return planes.unflatten(0, images.shape[:2]).squeeze(2)
+
+def _synthesis(size: int, taps: torch.Tensor) -> torch.Tensor:
+    """[2 · size, size]: the samples at twice the resolution of pixels that go on as reflections beyond the edge"""
+    samples = torch.arange(2 * size, device=taps.device) + FIRST
+    pixels = torch.arange(size, device=taps.device)
+    before, after = _band(taps, samples, -pixels), _band(taps, samples, 2 * (size - 1) - pixels)
+    return _band(taps, samples, pixels) + before * (pixels > 0) + after * (pixels < size - 1)
+
+
+def _analysis(size: int, taps: torch.Tensor) -> torch.Tensor:
+    """[size, 2 · size + 10]: the pixels of these samples"""
+    samples = torch.arange(2 * size + len(SYM6) - 2, device=taps.device)
+    return _band(taps, samples, torch.arange(size, device=taps.device)).T
+
+
+def _band(taps: torch.Tensor, samples: torch.Tensor, pixels: torch.Tensor) -> torch.Tensor:
+    """What there is of a pixel in a sample, [samples, pixels]. A pixel's first sample has twice its number."""
+    tap = samples[:, None] - 2 * pixels
+    return torch.where((tap >= 0) & (tap < len(SYM6)), taps[tap.clamp(0, len(SYM6) - 1)], 0)
 
 
 def _sources(
