@@ -15,12 +15,12 @@ from gandist.models.layers import sum_over_ranks
 
 
 def flip(images: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Mirrors every second image, left to right: images [B, C, H, W], uniforms [B] in [0, 1) → [B, C, H, W]"""
+    """Mirrors those whose number is below ½, left to right: images [B, C, H, W], uniforms [B] in [0, 1) → [B, C, H, W]"""
     return torch.where(_per_image(uniforms < 0.5), images.flip(3), images)
 
 
 def shift_and_flip(images: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """The transform of consistency regularization (Zhang et al. 2019, 1910.12027): a horizontal flip of every second image, and
+    """The transform of consistency regularization (Zhang et al. 2019, 1910.12027): a horizontal flip of half of the images, and
     a shift by whole pixels, up to an eighth of the size. What comes in at the edge is a reflection.
 
     images [B, C, H, W], uniforms [B, 3] in [0, 1) → [B, C, H, W]
