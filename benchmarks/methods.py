@@ -78,7 +78,7 @@ def train(overrides: Sequence[str], run_dir: Path) -> tuple[dict[str, float], fl
     subprocess.run([*command, *COMMON, *overrides, f"run_dir={run_dir}"], check=True, stdout=subprocess.DEVNULL)
     seconds = time.monotonic() - start
     records = [json.loads(line) for line in (run_dir / "evaluations.jsonl").read_text().splitlines()]
-    return {record["metric"]: record["value"] for record in records}, seconds
+    return {record["metric"]: record["value"] for record in records if "value" in record}, seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
