@@ -15,7 +15,7 @@ from tests.ranks import run_ranks
 BATCH_SIZE = 16
 STEPS = 20
 KIMG = BATCH_SIZE * STEPS / 1000
-LOSSES = ("loss/", "penalty/", "logits/", "classification/")
+LOSSES = ("loss/", "penalty/", "consistency/", "logits/", "classification/", "augmentation/", "schedule/", "lr/")
 
 
 def train(run_dir: Path, cache_dir: Path, world_size: int, *overrides: str) -> None:
@@ -83,6 +83,32 @@ HEADS = {
     "auxiliary": ("model.conditioning=auxiliary", "loss.adversarial=non_saturating"),
     "d2d_ce": ("model.conditioning=d2d_ce", "loss.adversarial=least_squares"),
     "paired": ("model.conditioning=contrastive", "loss.adversarial=relativistic", "classification.detach=true"),
+    "styles": (
+        "model.family=stylegan2",
+        "model.mapping_layers=2",
+        "model.max_width=8",
+        "model.minibatch_std=2",
+        "loss.adversarial=non_saturating",
+        "loss.penalty_every=3",
+        "loss.path_length_weight=2",
+        "loss.path_length_every=4",
+        "augmentation.xflip=true",
+        "augmentation.pipe=ada",
+        "augmentation.target=-1",  # always below: the probability rises
+        "augmentation.speed_kimg=0.5",
+        "ema.ramp_up=0.5",
+        "optimizer.betas=[0.0, {start: 0.9, end: 0.99, kimg: 0.2}]",
+    ),
+    "consistent": (
+        "loss.adversarial=non_saturating",
+        "loss.dragan_lambda=1",
+        "loss.lecam_weight=0.1",
+        "loss.orthogonal_weight=1e-4",
+        "loss.top_k={start: 1, end: 0.5, kimg: 0.2}",
+        "consistency={real_weight: 1, fake_weight: 1, latent_weight: 1, latent_diversity_weight: 0.1}",
+        "augmentation.pipe=diffaugment",
+        "optimizer.generator_lr={start: 3e-3, end: 1e-3, kimg: 0.2}",
+    ),
     "accumulated": ("train.accumulation=2", "train.discriminator_updates=2", f"train.kimg={2 * KIMG}"),
 }
 
@@ -115,6 +141,19 @@ def test_resume_is_exact_where_the_generator_takes_real_images_too(tmp_path: Pat
     train(tmp_path / "resumed", cache_dir, 2, paired, f"train.kimg={KIMG / 2}")
     train(tmp_path / "resumed", cache_dir, 2, paired)
     assert_same_run(tmp_path / "straight", tmp_path / "resumed", 0)
+
+
+def test_resume_forgets_nothing_that_objectives_keep(tmp_path: Path, cache_dir: Path) -> None:
+    """The probability of augmentation, the mean path length, schedules, lazy penalties."""
+    train(tmp_path / "straight", cache_dir, 2, *HEADS["styles"])
+    for world_size in (2, 1):
+        resumed = tmp_path / f"then-{world_size}"
+        train(resumed, cache_dir, 2, *HEADS["styles"], f"train.kimg={KIMG / 2}")
+        train(resumed, cache_dir, world_size, *HEADS["styles"])
+        assert_same_run(tmp_path / "straight", resumed, 0 if world_size == 2 else 1e-9)
+    kept = final_state(tmp_path / "straight")
+    assert kept["discriminator/objective/augmentation.adaptive.probability"] > 0
+    assert kept["generator/objective/path_length.mean"] > 0
 
 
 PENALIZED = (
