@@ -4,10 +4,10 @@
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -72,11 +72,12 @@ COLUMNS = {"class head": "classification/test_top1", "GAN-test": "eval/gan_test"
 
 
 def train(overrides: Sequence[str], run_dir: Path) -> tuple[dict[str, float], float]:
-    """The last values of the run's evaluations, and its seconds."""
+    """The last values of the run's evaluations, and the CPU seconds of all its processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "gandist.train"]
-    start = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([*command, *COMMON, *overrides, f"run_dir={run_dir}"], check=True, stdout=subprocess.DEVNULL)
-    seconds = time.monotonic() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     records = [json.loads(line) for line in (run_dir / "evaluations.jsonl").read_text().splitlines()]
     return {record["metric"]: record["value"] for record in records if "value" in record}, seconds
 
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     names = [name for name in options.names if "=" not in name] or list(METHODS)
     if unknown := [name for name in names if name not in METHODS]:
         parser.error(f"there is no {unknown[0]!r}: {'; '.join(METHODS)}")
-    print("| | " + " | ".join(COLUMNS) + " | seconds |\n|" + " --- |" * (len(COLUMNS) + 2), flush=True)
+    print("| | " + " | ".join(COLUMNS) + " | CPU-seconds |\n|" + " --- |" * (len(COLUMNS) + 2), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         for name in names:
             values, seconds = train([*METHODS[name], *overrides], (options.runs or Path(temporary)) / name.replace(", ", "-"))
