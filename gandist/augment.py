@@ -370,7 +370,7 @@ class Augmentation(nn.Module):
         """Of each transformation, []; seen: images so far, []"""
         if self.adaptive:
             return self.adaptive.probability
-        return torch.as_tensor(value_at(self.given, seen), dtype=seen.dtype, device=seen.device)
+        return value_at(self.given, seen) * torch.ones_like(seen)
 
     def forward(self, images: torch.Tensor, uniforms: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """images [B, C, H, W] in [-1, 1], uniforms [B, columns] in [0, 1) → [B, C, H, W]"""

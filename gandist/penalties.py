@@ -145,7 +145,7 @@ def weights_of_best(logits: torch.Tensor, share: float | torch.Tensor, *, togeth
     together: whether other ranks do the same
     """
     everyone = gather_over_ranks(logits.detach()) if together else logits.detach()
-    count = torch.as_tensor(share * len(everyone), device=logits.device).round().long().clamp(min=1)
+    count = (share * len(everyone) * torch.ones_like(logits[0])).round().long().clamp(min=1)
     worst = everyone.sort(descending=True).values.gather(0, count.reshape(1) - 1)
     kept = everyone >= worst
     return (logits.detach() >= worst).to(logits.dtype) * (len(everyone) / kept.sum())

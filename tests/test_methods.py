@@ -16,6 +16,7 @@ from gandist.models import build_discriminator, build_generator
 from gandist.models.noise import hashed_normal, hashed_uniform
 from gandist.objective import DiscriminatorObjective, GeneratorObjective
 from tests.ranks import run_ranks
+from tests.test_player import HostWaits
 
 BATCH_SIZE = 8
 CLASSES = 5
@@ -552,3 +553,16 @@ def test_no_two_cases_are_alike(found: dict[int, list[tuple[Gradients, Gradients
     for name, gradients in zip(CASES, found[1], strict=True):
         if name != "hinge" and STYLES[0] not in CASES[name][1]:
             assert max(distance(a, b) for a, b in zip(gradients, plain, strict=True)) > 1e-3, name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_no_method_waits_for_the_device(case: str) -> None:
+    game = build(CASES[case][1])
+    x = game.inputs(0)
+    near = x.near if game.discriminating.wants_near else None
+    real = [x.real] if game.generating.adversarial.paired else []
+    seen = torch.tensor(float(SEEN), dtype=torch.float64)
+    with HostWaits() as waits:
+        game.discriminating(x.real, x.real_labels, x.fake, near, x.labels, x.noise, seen, True)[0].backward()
+        game.generating(x.latents, x.labels, x.generator_noise, seen, True, *real)[0].backward()
+    assert not waits.found
