@@ -156,6 +156,16 @@ def test_resume_forgets_nothing_that_objectives_keep(tmp_path: Path, cache_dir: 
     assert kept["generator/objective/path_length.mean"] > 0
 
 
+def test_a_run_may_go_on_with_other_losses(tmp_path: Path, cache_dir: Path) -> None:
+    """What they keep begins anew, or is left behind."""
+    train(tmp_path, cache_dir, 2, f"train.kimg={KIMG / 4}")
+    train(tmp_path, cache_dir, 2, f"train.kimg={KIMG / 2}", "loss.lecam_weight=0.1")
+    assert final_state(tmp_path)["discriminator/objective/lecam.updates"] == STEPS / 4
+    train(tmp_path, cache_dir, 2)
+    assert not any("objective" in name for name in final_state(tmp_path))
+    assert len(logged_losses(tmp_path)) == STEPS
+
+
 PENALIZED = (
     "loss.r2_gamma=0.5",
     "loss.wgan_gp_lambda=2.0",

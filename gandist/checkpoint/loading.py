@@ -1,6 +1,7 @@
 """Finding the newest checkpoint that is whole, and loading it."""
 
 import shutil
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from gandist.checkpoint.folder import DAMAGED, FOLDER, complete_steps, mismatches, read_sums
-from gandist.checkpoint.tensors import flatten
+from gandist.checkpoint.tensors import flatten, nest
 from gandist.distributed import World
 from gandist.errors import CheckpointError
+
+OBJECTIVE = "objective"  # a part of a player's state
 
 
 def newest(run_dir: Path, world: World) -> Path | None:
@@ -55,18 +58,21 @@ def load(path: Path, state: dict[str, Any], world: World, *, entire: bool = Fals
     """Copies a verified checkpoint into the tensors of `state`. Raises CheckpointError where they do not fit it.
 
     entire: whether it may have no tensor that `state` has not
+    What objectives keep may be missing or left over in either: a run may go on with other losses.
     """
     try:
+        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata.keys()
         if entire:
-            _refuse_what_is_left(path, state)
-        dcp.load(state, checkpoint_id=path, process_group=world.control)
+            _refuse_what_is_left(path, saved, state)
+        tensors = {name: tensor for name, tensor in flatten(state).items() if ".".join(name) in saved or OBJECTIVE not in name}
+        dcp.load(nest(tensors), checkpoint_id=path, process_group=world.control)
     except CheckpointException as error:
         raise _misfit(path, root_cause(error)) from error
 
 
-def _refuse_what_is_left(path: Path, state: dict[str, Any]) -> None:
+def _refuse_what_is_left(path: Path, saved: Set[str], state: dict[str, Any]) -> None:
     known = {".".join(name) for name in flatten(state)}
-    if left := sorted(dcp.FileSystemReader(path).read_metadata().state_dict_metadata.keys() - known):
+    if left := sorted(name for name in saved - known if OBJECTIVE not in name.split(".")):
         raise _misfit(path, f"it has {left[0]}, and this configuration has not ({len(left)} such tensors)")
 
 
