@@ -529,8 +529,8 @@ def _record_images(configs: list[Config]) -> list[list[bytes]]:
     """The images this rank trains on, each update a list."""
     seen = []
 
-    def next_real(trainer: Trainer, batches: Iterator, really: Callable = Trainer._next_real) -> tuple:
-        images, labels = really(trainer, batches)
+    def next_real(trainer: Trainer, batches: Iterator, update: int, really: Callable = Trainer._next_real) -> tuple:
+        images, labels = really(trainer, batches, update)
         seen.append([image.numpy().tobytes() for image in images])
         return images, labels
 
