@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from gandist.data.pack import pack_digits
 from gandist.distributed import World, join_world
+from gandist.models import spectral_norm
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,3 +35,11 @@ def world() -> Iterator[World]:
     """This process as a world of one rank."""
     with join_world() as world:
         yield world
+
+
+@pytest.fixture
+def shapes_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tensors have no values, for which power iterations would be a waste of time."""
+    monkeypatch.setattr(spectral_norm, "FIRST_ITERATIONS", 0)
+    with FakeTensorMode():
+        yield

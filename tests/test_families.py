@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._subclasses import FakeTensorMode
 
 from gandist.config import Config, DataConfig, LossConfig, ModelConfig
 from gandist.distributed import join_world
@@ -19,7 +17,6 @@ from gandist.engine import choose_precision
 from gandist.errors import ConfigError
 from gandist.flops import count_run
 from gandist.models import FAMILIES, build_discriminator, build_generator, recompute_activations, truncating
-from gandist.models import spectral_norm as spectral_norm_module
 from gandist.models.biggan import LinearlyConditionedBatchNorm
 from gandist.models.biggan_deep import BottleneckDownBlock, BottleneckUpBlock
 from gandist.models.heads import PureProjectionHead
@@ -121,14 +118,6 @@ def draw(networks: Networks, dtype: torch.dtype = torch.float64) -> tuple[torch.
 def penalties(networks: Networks) -> dict[str, float]:
     """Those that the discriminator allows."""
     return {} if networks.discriminator.trunk.couples_images else {"r1_gamma": 1.0, "r2_gamma": 1.0}
-
-
-@pytest.fixture
-def shapes_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tensors have no values, for which power iterations would be a waste of time."""
-    monkeypatch.setattr(spectral_norm_module, "FIRST_ITERATIONS", 0)
-    with FakeTensorMode():
-        yield
 
 
 def test_every_family_is_tested() -> None:
