@@ -15,7 +15,7 @@ import scipy.linalg
 import torch
 
 from benchmarks.report import header, table
-from gandist.config import load_config
+from gandist.config_file import load_config
 from gandist.distributed import World, join_world
 from gandist.evaluation.frechet import Moments, frechet_distance
 from gandist.train import train

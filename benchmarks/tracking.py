@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 from benchmarks.report import header, table
 from gandist import trainer
-from gandist.config import load_config
+from gandist.config_file import load_config
 from gandist.distributed import World, join_world
 from gandist.train import train
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 from gandist import checkpoint
 from gandist.arguments import positive
-from gandist.config import BUILT_IN, RUN_CONFIG, Config, DataConfig, EvaluationConfig, load_config
+from gandist.config import BUILT_IN, RUN_CONFIG, Config, DataConfig, EvaluationConfig
+from gandist.config_file import load_config
 from gandist.data import Dataset, open_dataset
 from gandist.data.files import ImageFiles
 from gandist.distributed import World, join_world, run

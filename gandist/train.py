@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gandist import checkpoint
-from gandist.config import RUN_CONFIG, Config, load_config
+from gandist.config import RUN_CONFIG, Config
+from gandist.config_file import load_config
 from gandist.distributed import World, join_world, run
 from gandist.preemption import ignore_signals
 from gandist.tracking import EVALUATIONS, METRICS, SAMPLES

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 from scipy.stats import hypergeom
 
-from gandist.config import load_config
+from gandist.config_file import load_config
 from gandist.data.check import main
 from gandist.data.index import OFFSET
 from gandist.data.mixing import expected_classes, shuffle_quality

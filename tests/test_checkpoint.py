@@ -24,7 +24,8 @@ from gandist import checkpoint
 from gandist.checkpoint import retention, saving
 from gandist.checkpoint.__main__ import main as command
 from gandist.checkpoint.tensors import flatten, share
-from gandist.config import CheckpointConfig, Config, ModelConfig, load_config
+from gandist.config import CheckpointConfig, Config, ModelConfig
+from gandist.config_file import load_config
 from gandist.distributed import World, join_world
 from gandist.errors import CheckpointError, ConfigError, DataError, GandistError
 from gandist.models import build_generator

@@ -2,7 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from gandist.config import Config, load_config
+from gandist.config import Config
+from gandist.config_file import load_config
 from gandist.errors import ConfigError
 from tests.ranks import ROOT
 

@@ -18,7 +18,8 @@ from PIL import Image
 from torch import nn
 from torchvision.datasets import CIFAR10
 
-from gandist.config import Config, Section, load_config
+from gandist.config import Config, Section
+from gandist.config_file import load_config
 from gandist.data import open_dataset
 from gandist.data.pack import main as pack
 from gandist.distributed import World

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from gandist import checkpoint
-from gandist.config import Config, load_config
+from gandist.config import Config
+from gandist.config_file import load_config
 from gandist.distributed import World, join_world
 from gandist.engine import build_player, choose_precision
 from gandist.engine.ddp import DDPPlayer

@@ -20,7 +20,8 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from gandist import checkpoint
-from gandist.config import MEASURES, Config, DataConfig, EvaluationConfig, Metric, load_config
+from gandist.config import MEASURES, Config, DataConfig, EvaluationConfig, Metric
+from gandist.config_file import load_config
 from gandist.data import open_dataset, to_uint8
 from gandist.distributed import World, join_world
 from gandist.errors import ConfigError, GandistError

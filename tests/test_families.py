@@ -879,7 +879,9 @@ def test_minibatch_standard_deviation_is_its_formula() -> None:
     nn.init.constant_(layer.running_std, 0.7)
     alone = layer.eval()(x[:1])
     torch.testing.assert_close(alone[0, 4], torch.full((5, 5), 0.7, dtype=torch.float64))
-    with pytest.raises(ValueError, match=r"model.minibatch_std=3 does not divide the 4 images .* or say model.minibatch_std=0"):
+    with pytest.raises(
+        ConfigError, match=r"model.minibatch_std=3 does not divide the 4 images .* or say model.minibatch_std=0"
+    ):
         layer.train()(x[:4])
 
 

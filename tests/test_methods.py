@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from gandist.augment import shift_and_flip
-from gandist.config import Config, load_config
+from gandist.config import Config
+from gandist.config_file import load_config
 from gandist.distributed import World, join_world
 from gandist.engine import build_player, choose_precision
 from gandist.models import build_discriminator, build_generator

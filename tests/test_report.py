@@ -13,7 +13,7 @@ import yaml
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from gandist.config import load_config
+from gandist.config_file import load_config
 from gandist.errors import ReportError
 from gandist.report import runs
 from gandist.report.__main__ import main, write

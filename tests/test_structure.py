@@ -14,6 +14,7 @@ ROWS = [
     "gandist.errors",
     "gandist.arguments",
     "gandist.config",
+    "gandist.config_file",
     "gandist.schedule",
     "gandist.launcher",
     "gandist.rendezvous",

@@ -19,7 +19,8 @@ import torch
 from torch import nn
 
 from gandist import preview
-from gandist.config import Config, EmaConfig, load_config
+from gandist.config import Config, EmaConfig
+from gandist.config_file import load_config
 from gandist.data import open_dataset
 from gandist.distributed import World, join_world
 from gandist.ema import ExponentialMovingAverage

@@ -27,7 +27,8 @@ from gandist.checkpoint.folder import (
 )
 from gandist.checkpoint.retention import reasons_to_keep, remove
 from gandist.checkpoint.tensors import Tensors, nest
-from gandist.config import RUN_CONFIG, CheckpointConfig, load_config
+from gandist.config import RUN_CONFIG, CheckpointConfig
+from gandist.config_file import load_config
 from gandist.distributed import run
 from gandist.errors import CheckpointError
 

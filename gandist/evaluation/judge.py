@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from gandist.arguments import positive
-from gandist.config import DataConfig, load_config
+from gandist.config import DataConfig
+from gandist.config_file import load_config
 from gandist.data import open_dataset
 from gandist.distributed import World, join_world, run
 from gandist.errors import ConfigError, GandistError

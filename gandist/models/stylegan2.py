@@ -279,7 +279,7 @@ class MinibatchStandardDeviation(nn.Module):
     def _of_groups(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] → [B / group_size]; image i is in group i modulo their number"""
         if len(x) % self.group_size:
-            raise ValueError(
+            raise ConfigError(
                 f"model.minibatch_std={self.group_size} does not divide the {len(x)} images of one rank's micro-batch: choose "
                 "another group size, batch size, accumulation or number of ranks, or say model.minibatch_std=0"
             )
