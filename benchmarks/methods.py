@@ -12,15 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 COMMON = ["train.kimg=60", "evaluation.every_kimg=60", "checkpoint.every_kimg=60", "tracking.wandb=off"]
-AT_32 = ["data.resolution=32"]
+SLOWER = ["optimizer.generator_lr=1e-3", "optimizer.discriminator_lr=3e-4"]
+RESIDUAL = ["data.resolution=32", *SLOWER]
 METHODS = {  # name → what it has other than the default, dcgan with projection and the hinge loss
     "mlp, projection": [
         "model.family=mlp",
         "model.generator_width=256",
         "model.discriminator_width=256",
         "loss.adversarial=non_saturating",
-        "optimizer.generator_lr=1e-3",
-        "optimizer.discriminator_lr=3e-4",
+        *SLOWER,
     ],
     "dcgan, projection": [],
     "dcgan, auxiliary": ["model.conditioning=auxiliary"],
@@ -29,17 +29,17 @@ METHODS = {  # name → what it has other than the default, dcgan with projectio
     "dcgan, contrastive": ["model.conditioning=contrastive"],
     "dcgan, d2d_ce": ["model.conditioning=d2d_ce"],
     "dcgan, multi_hinge": ["model.conditioning=multi_hinge"],
-    "resnet, projection": [*AT_32, "model.family=resnet", "model.generator_width=24", "model.discriminator_width=24"],
-    "biggan, projection": [*AT_32, "model.family=biggan", "model.generator_width=6", "model.discriminator_width=6"],
+    "resnet, projection": [*RESIDUAL, "model.family=resnet", "model.generator_width=24", "model.discriminator_width=24"],
+    "biggan, projection": [*RESIDUAL, "model.family=biggan", "model.generator_width=6", "model.discriminator_width=6"],
     "biggan, d2d_ce": [
-        *AT_32,
+        *RESIDUAL,
         "model.family=biggan",
         "model.generator_width=6",
         "model.discriminator_width=6",
         "model.conditioning=d2d_ce",
     ],
     "biggan_deep, projection": [
-        *AT_32,
+        *RESIDUAL,
         "model.family=biggan_deep",
         "model.generator_width=16",
         "model.discriminator_width=16",
