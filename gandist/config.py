@@ -14,10 +14,14 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
     model_validator,
 )
 
 from gandist.errors import ConfigError
+from gandist.resolution import resolution_of, size_of
 
 RUN_CONFIG = "config.yaml"  # the resolved configuration in a run folder
 
@@ -26,6 +30,13 @@ def _refuse_bool(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("a number is wanted, not true or false")
     return value
+
+
+def _read_resolution(value: Any, read: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return resolution_of(*size_of(read(value)))
+    except ValidationError:
+        raise ValueError("a number of pixels, or two, [height, width], is wanted, each at least 1") from None
 
 
 Integer = Annotated[int, BeforeValidator(_refuse_bool)]
@@ -71,7 +82,7 @@ class DataConfig(Section):
 
     train: ShardSpec = "digits:train"  # the built-in digits, or shards: a folder, a glob, braces, URLs, or a list of these
     test: ShardSpec | None = "digits:test"  # held-out images for the class head's accuracy
-    resolution: Count = 16  # pixels; images are square
+    resolution: Annotated[Count | tuple[Count, Count], WrapValidator(_read_resolution)] = 16  # pixels; or [height, width]
     resize: Literal["none", "center-crop", "stretch"] = "none"  # of images of another size; none: they are an error
     channels: Literal[1, 3] = 1  # 1: grey, 3: RGB
     num_classes: Annotated[Integer, Field(ge=0)] = 10  # 0: no labels are read, the networks are unconditional
@@ -93,6 +104,11 @@ class DataConfig(Section):
         if self.num_classes == 1:
             raise ValueError("num_classes=1: there is nothing to tell apart; 0 trains without classes")
         return self
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the images."""
+        return size_of(self.resolution)
 
     @property
     def cache_folder(self) -> Path:

@@ -22,6 +22,7 @@ from gandist.evaluation.evaluator import Evaluation, Evaluator, record_values
 from gandist.evaluation.features import EXTRACTORS, open_extractor
 from gandist.evaluation.metrics import METRICS, Metric
 from gandist.evaluation.reference import RealStatistics, save_reference
+from gandist.resolution import as_yaml, resolution_of
 from gandist.tracking import evaluation_table
 
 IMAGE_METRICS = "evaluation.metrics=[fid, kid, precision_recall, density_coverage]"
@@ -189,7 +190,7 @@ def _image_config(spec: str, overrides: Sequence[str], world: World) -> Config:
     images = _open_images(spec, config.data, world)
     with world.together(), Image.open(io.BytesIO(images.encoded(0))) as first:
         channels = 1 if first.mode in ("1", "L", "LA", "I", "I;16") else 3
-        found = {"data.resolution": first.width, "data.channels": channels}
+        found = {"data.resolution": as_yaml(resolution_of(first.height, first.width)), "data.channels": channels}
     return load_config(None, [*settings, *(f"{key}={value}" for key, value in found.items()), *overrides])
 
 

@@ -52,7 +52,7 @@ def count_run(
 
     latents, seen = zeros(config.model.latent_dim), torch.zeros((), device=device, dtype=dtype)
     labels = torch.zeros(1, dtype=torch.int64, device=device)
-    images = zeros(config.data.channels, config.data.resolution, config.data.resolution)
+    images = zeros(config.data.channels, *config.data.size)
     near = images if discriminating.wants_near else None
     real = images if generating.adversarial.paired else None
     flops = {

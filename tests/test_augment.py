@@ -81,6 +81,19 @@ def test_quarter_turns(quarters: int) -> None:
     assert np.array_equal(found, np.rot90(images.numpy(), -quarters, (2, 3)))
 
 
+@pytest.mark.parametrize("shape", [(8, 14), (15, 9)])
+@pytest.mark.parametrize("quarters", range(4))
+def test_quarter_turns_of_images_that_are_not_square(shape: tuple[int, int], quarters: int) -> None:
+    """About the middle, within the same frame; what comes in beyond the shorter side is a reflection."""
+    images = noise(2, 3, *shape)
+    side = max(shape)
+    margins = [(side - each) // 2 for each in shape]
+    padded = np.pad(images.numpy(), ((0, 0), (0, 0), *((margin, margin) for margin in margins)), mode="reflect")
+    top, left = margins
+    expected = np.rot90(padded, -quarters, (2, 3))[:, :, top : top + shape[0], left : left + shape[1]]
+    assert np.array_equal(applied(images, rotate90=((quarters + 0.5) / 4,)), expected)
+
+
 @pytest.mark.parametrize("shape", [(16, 24), (9, 15)])
 def test_mirroring_and_whole_shifts(shape: tuple[int, int]) -> None:
     images = noise(2, 3, *shape)

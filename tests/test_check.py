@@ -98,6 +98,17 @@ def test_mixed_sizes_and_formats(tmp_path: Path, check: Check) -> None:
     assert settings(text)[1:] == ["data.resolution=16", "data.channels=3", "data.num_classes=5", "data.resize=center-crop"]
 
 
+def test_images_that_are_not_square(tmp_path: Path, check: Check) -> None:
+    """Their size is recommended if there are networks for it."""
+    for size, recommended in (
+        ((64, 48), ["data.resolution=[48,64]"]),
+        ((60, 44), ["data.resolution=32", "data.resize=center-crop"]),
+    ):
+        write_tar(tmp_path / "a.tar", labelled([jpeg(*size)] * 4, [0, 1, 0, 1], "jpg"))
+        found = settings(check(tmp_path))
+        assert [each for each in found if each.startswith("data.res")] == recommended
+
+
 def test_shards_sorted_by_class(tmp_path: Path, check: Check) -> None:
     for name in ("apart", "within", "shuffled"):
         (tmp_path / name).mkdir()

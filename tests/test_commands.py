@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -229,6 +230,31 @@ def test_images_without_labels_train_an_unconditional_gan(tmp_path: Path, cache_
     assert re.search(r"eval/fd_classifier \d+\.\d+", result.stdout)
     result = launch(1, "gandist.train", *arguments(tmp_path / "s", cache_dir, "data.num_classes=0"))
     assert_one_error(result, "data.num_classes=0 and model.conditioning=none go together")
+
+
+def test_images_that_are_not_square(tmp_path: Path) -> None:
+    """Packed, checked, trained as the command says, continued, evaluated; and by another size refused."""
+    packed = launch(1, "gandist.data.pack", "digits", str(tmp_path / "wide"), "--resolution", "16x32")
+    assert packed.returncode == 0, packed.stderr
+    (told,) = [line for line in packed.stdout.splitlines() if "gandist.train" in line]
+    checked = launch(1, "gandist.data.check", str(tmp_path / "wide"))
+    assert told in checked.stdout
+    options = [*shlex.split(told)[3:], "model.family=r3gan", "model.generator_width=8", "model.discriminator_width=8"]
+    options = arguments(tmp_path / "r", tmp_path / "cache", *options, "augmentation.pipe=ada", "train.deterministic=true")
+    for kimg in ("0.5", "1"):
+        result = launch(2, "gandist.train", *options, f"train.kimg={kimg}")
+        assert result.returncode == 0, result.stderr
+    assert "resumed from" in result.stdout
+    assert re.search(r"classification/test_top1 +0\.\d+", result.stdout)
+    with Image.open(tmp_path / "r" / "samples" / "step-00000016.png") as grid:
+        assert grid.size == (10 * 66 + 2, 10 * 34 + 2)
+    report = launch(1, "gandist.evaluate", str(tmp_path / "r"), "metrics=[accuracy,fd_random]", "num_images=64")
+    assert report.returncode == 0, report.stderr
+    assert re.search(r"eval/fd_random +\d+\.\d+", report.stdout)
+    result = launch(1, "gandist.train", *options, "data.resolution=[32,16]", "data.resize=stretch", "train.kimg=2")
+    assert_one_error(result, "data.resolution: [16, 32] there, [32, 16] now")
+    result = launch(1, "gandist.train", *options, f"run_dir={tmp_path / 's'}", "data.resolution=[12,18]", "data.resize=stretch")
+    assert_one_error(result, "data.resolution=[12,18]: r3gan makes images of 8, 16, 32, 64, … pixels on one side")
 
 
 def test_training_from_a_web_server_is_training_from_disk(tmp_path: Path, cache_dir: Path) -> None:

@@ -31,6 +31,24 @@ def test_print_round_trip(tmp_path: Path) -> None:
     assert load_config(file) == config
 
 
+@pytest.mark.parametrize(
+    ("text", "resolution", "size"), [("24", 24, (24, 24)), ("[8, 8]", 8, (8, 8)), ("[16,32]", (16, 32), (16, 32))]
+)
+def test_resolution(tmp_path: Path, text: str, resolution: int | tuple[int, int], size: tuple[int, int]) -> None:
+    config = load_config(None, [f"data.resolution={text}"])
+    assert (config.data.resolution, config.data.size) == (resolution, size)
+    (tmp_path / "config.yaml").write_text(config.to_yaml())
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("text", ["abc", "0", "[1]", "[8,-1]", "[8,8,8]", "[8, true]", "16x32", "null"])
+def test_what_is_no_resolution(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, [f"data.resolution={text}"])
+    (_, mistake) = str(caught.value).splitlines()
+    assert mistake.startswith("  data.resolution: a number of pixels, or two, [height, width], is wanted, each at least 1")
+
+
 def test_overrides_are_typed() -> None:
     config = load_config(None, ["optimizer.generator_lr=1e-4", "data.test=null", "evaluation.metrics=[]", "run_dir=a=b"])
     assert config.optimizer.generator_lr == 1e-4

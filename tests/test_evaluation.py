@@ -2,6 +2,7 @@
 and what it is blind to; and values that do not depend on the ranks."""
 
 import json
+import re
 from pathlib import Path
 from typing import get_args
 from unittest.mock import patch
@@ -14,6 +15,7 @@ import sklearn.metrics
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from sklearn.neighbors import NearestNeighbors
 from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -561,6 +563,39 @@ def test_sizes_of_judges() -> None:
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
     batches = iter(lambda: (images, torch.tensor([1, -1])), None)
     assert torch.isfinite(train_judge(Judge(32, 3, 5), batches, 64, epochs=2)(images)[1]).all()
+
+
+def test_a_judge_of_images_that_are_not_square(world: World, tmp_path: Path, monkeypatch) -> None:
+    """It has the longer side, sees the images stretched, and is trained by its command and for CAS."""
+    path, data = tmp_path / "judge.pt", ["data.resolution=[8,16]", f"data.cache_dir={tmp_path}", "data.num_workers=0"]
+    trained = launch(1, "gandist.evaluation.judge", str(path), "--epochs", "3", *data)
+    assert trained.returncode == 0, trained.stderr
+    assert float(trained.stdout.split()[3]) > 0.9
+    found, _ = load_judge(path)
+    config = load_config(None, data)
+    images, labels = open_dataset("digits:test", config.data, world, split="test").some(200)
+    assert (found.resolution, images.shape) == (16, (200, 1, 8, 16))
+    stretched = torch.nn.functional.interpolate(images.float(), size=(16, 16), mode="bilinear", antialias=True)
+    torch.testing.assert_close(found(images), found(stretched))
+    monkeypatch.setattr(cas, "EPOCHS", 20)
+    assert cas.classification_accuracy_score([(images, labels)], [(images, labels)], config, world) > 0.9
+
+
+def test_folders_of_images_that_are_not_square(tmp_path: Path) -> None:
+    """They keep the size of the first one, as squares do."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for number, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (8, 6, 10, 3), np.uint8)):
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+    options = ["metrics=[fd_random]", f"data.cache_dir={tmp_path}/cache"]
+    found = launch(1, "gandist.evaluate", "images", str(tmp_path / "a"), str(tmp_path / "b"), *options)
+    assert found.returncode == 0, found.stderr
+    assert re.search(r"fd_random +-?0\.0000", found.stdout)
+    reference = [str(tmp_path / "a"), str(tmp_path / "a.npz"), "--extractor", "random"]
+    made = launch(1, "gandist.evaluate", "reference", *reference, options[1])
+    assert made.returncode == 0, made.stderr
+    with np.load(tmp_path / "a.npz") as arrays:
+        assert json.loads(str(arrays["made"]))["resolution"] == [6, 10]
 
 
 def test_a_changed_judge_is_refused(monkeypatch) -> None:

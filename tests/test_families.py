@@ -34,6 +34,7 @@ from gandist.models.stylegan2 import (
     equalized,
 )
 from gandist.objective import DiscriminatorObjective, GeneratorObjective
+from gandist.resolution import find_pyramid
 from tests.games import discriminator_inputs, generator_inputs
 from tests.ranks import run_ranks
 
@@ -54,17 +55,30 @@ SMALL = {  # of each family and some of its variants: the resolution, and what i
     ),
     "stylegan2": (8, {"generator_width": 4, "discriminator_width": 4, "mapping_layers": 2, "max_width": 6, "minibatch_std": 2}),
 }
+NOT_SQUARE = {  # of each family, with what is small there
+    f"{family}-{height}x{width}": ((height, width), SMALL[family][1])
+    for family, height, width in (
+        ("mlp", 5, 9),
+        ("dcgan", 8, 16),
+        ("resnet", 24, 32),
+        ("biggan", 40, 32),
+        ("biggan_deep", 32, 48),
+        ("r3gan", 32, 16),
+        ("stylegan2", 6, 8),
+    )
+}
 OTHERS = {  # resolutions
-    "mlp": [3],
-    "dcgan": [8, 64],
-    "resnet": [64, 128],
-    "biggan": [64, 128, 256, 512],
-    "biggan_deep": [64, 512],
-    "r3gan": [8, 64],
-    "stylegan2": [16, 256],
+    "mlp": [3, (2, 7)],
+    "dcgan": [8, 64, (48, 64), (16, 128)],
+    "resnet": [64, 128, (80, 64), (64, 256)],
+    "biggan": [64, 128, 256, 512, (192, 256)],
+    "biggan_deep": [64, 512, (128, 160)],
+    "r3gan": [8, 64, (8, 10)],
+    "stylegan2": [16, 256, (256, 128)],
 }
 CONDITIONING = ["projection", "auxiliary", "none"]
 all_families = pytest.mark.parametrize("family", SMALL)
+all_shapes = pytest.mark.parametrize("family", SMALL | NOT_SQUARE)
 all_conditioning = pytest.mark.parametrize("conditioning", CONDITIONING)
 
 
@@ -87,7 +101,7 @@ class Networks(NamedTuple):
 def build(family: str, conditioning: str = "projection", *, channels: int = 3, dtype: torch.dtype = torch.float64) -> Networks:
     """A small one, its weights a little off their first values, among which there are zeros."""
     torch.manual_seed(0)
-    resolution, sizes = SMALL[family]
+    resolution, sizes = (SMALL | NOT_SQUARE)[family]
     config = Config(
         model=ModelConfig(family=family.partition("-")[0], conditioning=conditioning, latent_dim=8, **sizes),
         data=DataConfig(resolution=resolution, channels=channels, num_classes=0 if conditioning == "none" else CLASSES),
@@ -110,7 +124,7 @@ def draw(networks: Networks, dtype: torch.dtype = torch.float64) -> tuple[torch.
     random = torch.Generator().manual_seed(1)
     data = networks.config.data
     latents = torch.randn(BATCH_SIZE, 8, dtype=torch.float64, generator=random)
-    images = torch.rand(BATCH_SIZE, data.channels, data.resolution, data.resolution, dtype=torch.float64, generator=random)
+    images = torch.rand(BATCH_SIZE, data.channels, *data.size, dtype=torch.float64, generator=random)
     labels = torch.arange(BATCH_SIZE) if data.num_classes else torch.full((BATCH_SIZE,), -1)
     return latents.to(dtype), labels, (2 * images - 1).to(dtype)
 
@@ -121,10 +135,10 @@ def penalties(networks: Networks) -> dict[str, float]:
 
 
 def test_every_family_is_tested() -> None:
-    assert SMALL.keys() >= FAMILIES.keys() == OTHERS.keys()
+    assert SMALL.keys() >= FAMILIES.keys() == OTHERS.keys() == {name.partition("-")[0] for name in NOT_SQUARE}
 
 
-@all_families
+@all_shapes
 @all_conditioning
 @pytest.mark.parametrize("channels", [1, 3])
 def test_shapes(family: str, conditioning: str, channels: int) -> None:
@@ -132,7 +146,7 @@ def test_shapes(family: str, conditioning: str, channels: int) -> None:
     latents, labels, images = draw(networks)
     generated = networks.generator(latents, labels)
     assert (generated.shape, generated.dtype) == (images.shape, torch.float64)
-    if family not in ("r3gan", "stylegan2"):
+    if networks.config.model.family not in ("r3gan", "stylegan2"):
         assert generated.abs().max() <= 1
     output = networks.discriminator(generated, labels)
     assert (output.logits.shape, output.class_logits.shape) == ((BATCH_SIZE,), (BATCH_SIZE, networks.config.data.num_classes))
@@ -141,16 +155,16 @@ def test_shapes(family: str, conditioning: str, channels: int) -> None:
 
 @pytest.mark.usefixtures("shapes_alone")
 @pytest.mark.parametrize(("family", "resolution"), [(family, each) for family, sizes in OTHERS.items() for each in sizes])
-def test_other_resolutions(family: str, resolution: int) -> None:
+def test_other_resolutions(family: str, resolution: int | tuple[int, int]) -> None:
     model = ModelConfig(family=family, latent_dim=840, generator_width=8, discriminator_width=8)
     data = DataConfig(resolution=resolution, channels=3)
     latents, labels = torch.zeros(4, 840), torch.zeros(4, dtype=torch.int64)
     images = build_generator(model, data)(latents, labels)
-    assert images.shape == (4, 3, resolution, resolution)
+    assert images.shape == (4, 3, *data.size)
     assert build_discriminator(model, data)(images, labels).logits.shape == (4,)
 
 
-@all_families
+@all_shapes
 @all_conditioning
 @pytest.mark.parametrize("precision", ["float64", "bfloat16"])
 def test_every_parameter_is_trained(family: str, conditioning: str, precision: str) -> None:
@@ -171,7 +185,7 @@ def test_every_parameter_is_trained(family: str, conditioning: str, precision: s
             assert parameter.grad.any(), name
 
 
-@all_families
+@all_shapes
 def test_second_derivatives_are_right(family: str) -> None:
     """The gradient of a gradient penalty, against the difference of two penalties."""
     networks = build(family)
@@ -245,7 +259,7 @@ def test_compiled_or_recomputed_the_gradients_are_the_same(family: str) -> None:
             torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-9)
 
 
-@all_families
+@all_shapes
 def test_flops_are_counted(family: str) -> None:
     networks = build(family)
     objectives = networks.discriminating(LossConfig(**penalties(networks))), networks.generating(LossConfig())
@@ -528,16 +542,17 @@ def test_resampling_is_filtering() -> None:
         torch.testing.assert_close(found, torch.tensor(expected).expand_as(found))
 
 
+@pytest.mark.parametrize("resolution", [64, (64, 96), (64, 48)])
 @pytest.mark.parametrize("family", ["resnet", "biggan_deep"])
-def test_attention_comes_after_the_blocks_of_its_resolution(family: str) -> None:
+def test_attention_comes_after_the_blocks_of_its_resolution(family: str, resolution: int | tuple[int, int]) -> None:
     model = ModelConfig(family=family, attention=(16, 32), generator_width=2, discriminator_width=2)
-    data = DataConfig(resolution=64, channels=3)
+    data = DataConfig(resolution=resolution, channels=3)
     seen = []
     for network in (build_generator(model, data), build_discriminator(model, data)):
         for module in network.modules():
             if isinstance(module, SelfAttention):
                 module.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[2]))
-        network(torch.zeros(2, 64) if not seen else torch.zeros(2, 3, 64, 64), torch.zeros(2, dtype=torch.int64))
+        network(torch.zeros(2, 64) if not seen else torch.zeros(2, 3, *data.size), torch.zeros(2, dtype=torch.int64))
     assert seen == [16, 32, 32, 16]
 
 
@@ -924,6 +939,45 @@ def test_stylegan2s_logit_is_the_projection_on_the_mapped_label() -> None:
         torch.testing.assert_close(logit, (project @ feature + head.project.bias).dot(label) / 6**0.5)
 
 
+# Images that are not square.
+
+
+@pytest.mark.parametrize(
+    ("resolution", "sides", "expected"),
+    [
+        (16, None, (16, 2, (4, 4))),
+        ((16, 32), None, (16, 2, (4, 8))),
+        ((32, 16), None, (16, 2, (8, 4))),
+        ((16, 32), (32, 64), (32, 3, (2, 4))),
+        ((48, 64), None, (64, 4, (3, 4))),
+        ((64, 80), None, (64, 4, (4, 5))),
+        ((4, 8), None, (8, 1, (2, 4))),
+        (4, None, None),
+        (24, None, None),
+        ((24, 40), None, None),
+        ((16, 18), None, None),
+        ((16, 48), (32, 64), None),
+    ],
+)
+def test_feature_maps_have_a_side_of_four_pixels(
+    resolution: int | tuple[int, int], sides: tuple[int, ...] | None, expected: tuple | None
+) -> None:
+    assert find_pyramid(resolution, sides) == expected
+
+
+def test_a_pair_of_equal_sides_is_a_square() -> None:
+    for family in FAMILIES:
+        resolution, sizes = SMALL[family]
+        model = ModelConfig(family=family, latent_dim=8, **sizes)
+        states = []
+        for same in (resolution, (resolution, resolution)):
+            torch.manual_seed(0)
+            data = DataConfig(resolution=same, channels=3)
+            states.append(build_generator(model, data).state_dict() | build_discriminator(model, data).state_dict())
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
+
+
 # Mistakes.
 
 
@@ -933,6 +987,15 @@ def test_stylegan2s_logit_is_the_projection_on_the_mapped_label() -> None:
         ("dcgan", 12, {}, "data.resolution=12: dcgan makes images of 8, 16"),
         ("r3gan", 12, {}, "data.resolution=12: r3gan makes images of 8, 16"),
         ("r3gan", 4, {}, "data.resolution=4: r3gan makes images of 8, 16"),
+        (
+            "dcgan",
+            (12, 20),
+            {},
+            r"=\[12,20\]: dcgan makes images of 8, 16, .* on one side, and on the other a multiple",
+        ),
+        ("stylegan2", (4, 6), {}, r"=\[4,6\]: stylegan2 makes images of 8, 16, 32, 64, … pixels on one side"),
+        ("biggan", (16, 128), {}, r"=\[16,128\]: biggan makes images of 32, 64, 128, 256, 512 pixels on one side"),
+        ("r3gan", (16, 20), {"widths": (8, 8)}, r"model.widths=\[8, 8\]: images of 16x20 pixels want 3 of them"),
         ("r3gan", 16, {"widths": (8, 8)}, r"model.widths=\[8, 8\]: images of 16 pixels want 3 of them"),
         ("r3gan", 16, {"group_size": 7}, "model.group_size=7 does not divide 2 × 16.*choose"),
         ("stylegan2", 12, {}, "data.resolution=12: stylegan2 makes images of 8, 16"),
@@ -944,6 +1007,6 @@ def test_stylegan2s_logit_is_the_projection_on_the_mapped_label() -> None:
         ("biggan", 32, {"latent_dim": 63}, "model.latent_dim=63: biggan splits it into 4 equal parts.*such as 80"),
     ],
 )
-def test_impossible_networks_are_refused(family: str, resolution: int, model: dict, message: str) -> None:
+def test_impossible_networks_are_refused(family: str, resolution: int | tuple[int, int], model: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_generator(ModelConfig(family=family, **model), DataConfig(resolution=resolution))

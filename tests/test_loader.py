@@ -173,6 +173,14 @@ def test_other_sizes() -> None:
     grey = fit(np.full((7, 5, 1), 9, np.uint8), 16, "center-crop")
     assert grey.shape == (16, 16, 1)
     assert (grey == 9).all()
+    for wanted, box in (((10, 20), (10, 0, 50, 20)), ((20, 10), (25, 0, 35, 20)), ((2, 12), (0, 5, 60, 15))):
+        image = photo(60, 20)
+        for resize, part in (("center-crop", image.crop(box)), ("stretch", image)):
+            reference = part.resize(wanted[::-1], Image.Resampling.LANCZOS)
+            assert (fit(np.asarray(image), wanted, resize) == np.asarray(reference)).all()
+    assert fit(np.full((1, 9, 3), 7, np.uint8), (9, 1), "center-crop").shape == (9, 1, 3)
+    with pytest.raises(ImageError, match=r"60×20 pixels, but data\.resolution is \[16,32\]: .* images' size, \[20,60\], say"):
+        fit(wide, (16, 32), "none")
     with pytest.raises(ImageError, match=r"60×20 pixels, but data\.resolution is 16.*say data\.resize=center-crop"):
         fit(wide, 16, "none")
     for data in (encoded(photo(60, 20), "png"), encoded(photo(60, 20), "jpeg")):

@@ -148,6 +148,40 @@ def test_one_size(tmp_path: Path, form: str) -> None:
     assert info_of(tmp_path / "grey")["channels"] == 1
 
 
+def test_one_size_that_is_not_square(tmp_path: Path, capsys) -> None:
+    """By the command, or because all files have it."""
+    image = colour(9, (48, 32))
+    for name in "ab":
+        save(image, tmp_path / "photos" / name / "1.png")
+    for name, options, resolution, recommended in (
+        ("packed", ["--resolution", "16x32"], [16, 32], "'data.resolution=[16,32]'"),
+        ("stretched", ["--resolution", "20x5", "--resize", "stretch"], [20, 5], "data.resolution=64"),
+        ("copied", [], [32, 48], "'data.resolution=[32,48]'"),
+        ("square", ["--resolution", "8x8"], 8, "data.resolution=8"),
+    ):
+        pack("folder", tmp_path / "photos", tmp_path / name, *options)
+        text = capsys.readouterr().out
+        assert info_of(tmp_path / name)["resolution"] == resolution
+        assert ("data.resize=center-crop" in text) == (name == "stretched"), "no network makes images of 20x5"
+        assert f" {recommended} " in text
+    assert "; 8 px, 3 channel(s), 2 classes" in text
+    middle = image.crop((0, 4, 48, 28)).resize((32, 16), Image.Resampling.LANCZOS)
+    for name, expected in (
+        ("packed", middle),
+        ("stretched", image.resize((5, 20), Image.Resampling.LANCZOS)),
+        ("copied", image),
+    ):
+        for sample in samples_of(tmp_path / name, "train"):
+            assert (decode(sample["png"], 3) == np.asarray(expected)).all()
+
+
+@pytest.mark.parametrize("size", ["0", "16x", "x16", "16x0", "16x32x64", "a"])
+def test_what_is_no_size(tmp_path: Path, capsys, size: str) -> None:
+    with pytest.raises(SystemExit):
+        pack("digits", tmp_path / "d", "--resolution", size)
+    assert f"{size!r} is no size: say 64, or 48x64 for images 48 pixels high" in capsys.readouterr().err
+
+
 def test_splits_by_directories(photos: Path, tmp_path: Path, capsys) -> None:
     root = tmp_path / "all"
     shutil.copytree(photos, root / "train")

@@ -12,6 +12,7 @@ from tests.ranks import ROOT, run_command
 ROWS = [
     "gandist",
     "gandist.errors",
+    "gandist.resolution",
     "gandist.arguments",
     "gandist.config",
     "gandist.config_file",

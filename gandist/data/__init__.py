@@ -20,6 +20,7 @@ from gandist.data.sources import ShardList, find_shards
 from gandist.data.storage import Storage
 from gandist.distributed import World
 from gandist.errors import DataError
+from gandist.resolution import as_option
 
 __all__ = ["Batch", "Dataset", "DeviceBatch", "normalize", "open_dataset", "to_uint8", "upload"]
 
@@ -133,7 +134,7 @@ def _built_in_digits(spec: str, config: DataConfig, world: World) -> list[str]:
         raise DataError(
             f"no built-in data '{spec}': there are {', '.join(BUILT_IN + name for name in DIGITS_SHARDS)}", on_every_rank=True
         )
-    folder = config.cache_folder / f"digits-{config.resolution}"
+    folder = config.cache_folder / f"digits-{as_option(config.resolution)}"
     with world.together():
         if world.local_rank == 0:
             with suppress(FolderExists):  # from before, or packed by another node meanwhile

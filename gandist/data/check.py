@@ -35,6 +35,7 @@ from gandist.data.storage import Storage
 from gandist.data.usage import train_command
 from gandist.distributed import run
 from gandist.errors import DataError
+from gandist.resolution import resolution_of
 
 _CHUNK = 256  # images that a process decodes at a time
 _NAMED = 100  # damaged shards and images in a report
@@ -188,14 +189,13 @@ def recommendation(sections: Sequence[tuple[Section, Findings]], label: str) -> 
         for key in SPLITS
     }
     side = _most_frequent_side(sizes)
-    same = len(sizes) == 1 and sizes.keys() == {(side, side)}
     labels = [labels for findings in found for labels in findings.labels]
     num_classes = max(max(int(each.max()) + 1 for each in labels), *(len(section.found.classes) for section, _ in sections))
     return train_command(
         specs["train"] or specs["test"],
         specs["test"] if specs["train"] else (),
-        resolution=side if same else 1 << side.bit_length() - 1,
-        resized=not same,
+        resolution=resolution_of(*reversed(next(iter(sizes)))) if len(sizes) == 1 else None,
+        square=1 << side.bit_length() - 1,
         channels=max(channels for findings in found for _, channels in findings.formats),
         num_classes=num_classes if num_classes > 1 and any((each >= 0).any() for each in labels) else 0,
         unlabelled=any((each < 0).any() for each in labels),

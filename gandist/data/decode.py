@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
+from gandist.resolution import Resolution, as_yaml, resolution_of, size_of
+
 try:
     import simplejpeg
 except ImportError:  # an extra: faster, not necessary
@@ -33,20 +35,20 @@ class ImageError(Exception):
 class ImageFormat:
     """What images are decoded to.
 
-    resolution: pixels of both sides
+    resolution: pixels of both sides, or of (height, width)
     channels:   1: grey, 3: RGB
-    resize:     what is done to images of another size. none: they are refused; center-crop: the largest square in the
-                middle is scaled; stretch: all of it is scaled, whatever its proportions
+    resize:     what is done to images of another size. none: they are refused; center-crop: the largest part in the middle
+                that has the proportions is scaled; stretch: all of it is scaled, whatever its proportions
     """
 
-    resolution: int
+    resolution: Resolution
     channels: int
     resize: Resize = "none"
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(H, W, C)"""
-        return self.resolution, self.resolution, self.channels
+        return *size_of(self.resolution), self.channels
 
 
 def decode_into(pixels: np.ndarray, encoded: bytes, image_format: ImageFormat) -> None:
@@ -76,24 +78,25 @@ def decode(encoded: bytes, channels: int) -> np.ndarray:
     return _decode_with_pillow(encoded, channels)
 
 
-def fit(pixels: np.ndarray, resolution: int, resize: Resize) -> np.ndarray:
-    """uint8 [H, W, C] → uint8 [resolution, resolution, C] by Lanczos' filter. Raises ImageError if `resize` is none."""
+def fit(pixels: np.ndarray, resolution: Resolution, resize: Resize) -> np.ndarray:
+    """uint8 [H, W, C] → uint8 of that resolution, by Lanczos' filter. Raises ImageError if `resize` is none."""
     height, width, channels = pixels.shape
-    if (height, width) == (resolution, resolution):
+    wanted_height, wanted_width = size_of(resolution)
+    if (height, width) == (wanted_height, wanted_width):
         return pixels
     if resize == "none":
         raise ImageError(
-            f"{width}×{height} pixels, but data.resolution is {resolution}: set it to your images' size, say "
-            "data.resize=center-crop, or pack them at one size"
+            f"{width}×{height} pixels, but data.resolution is {as_yaml(resolution)}: set it to your images' size, "
+            f"{as_yaml(resolution_of(height, width))}, say data.resize=center-crop, or pack them at one size"
         )
     if resize == "center-crop":
-        side = min(height, width)
-        top, left = (height - side) // 2, (width - side) // 2
-        pixels = pixels[top : top + side, left : left + side]
+        rows = max(1, min(height, round(width * wanted_height / wanted_width)))
+        columns = max(1, min(width, round(height * wanted_width / wanted_height)))
+        top, left = (height - rows) // 2, (width - columns) // 2
+        pixels = pixels[top : top + rows, left : left + columns]
     image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
-    return np.asarray(image.resize((resolution, resolution), Image.Resampling.LANCZOS)).reshape(
-        resolution, resolution, channels
-    )
+    resized = image.resize((wanted_width, wanted_height), Image.Resampling.LANCZOS)
+    return np.asarray(resized).reshape(wanted_height, wanted_width, channels)
 
 
 def _decode_with_pillow(encoded: bytes, channels: int) -> np.ndarray:

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base as ExifTag
 
 from gandist.data.decode import PILLOW_ERRORS, ImageError, Resize, decode, fit
+from gandist.resolution import Resolution
 
 _SIGNATURES = {"png": rb"\x89PNG\r\n\x1a\n", "jpg": rb"\xff\xd8\xff", "webp": rb"RIFF.{4}WEBP"}
 _MAY_BE_ROTATED = re.compile(rb"exif|tiff:Orientation", re.IGNORECASE)  # asking Pillow decodes the whole of a PNG
@@ -19,13 +20,13 @@ _MAY_BE_ROTATED = re.compile(rb"exif|tiff:Orientation", re.IGNORECASE)  # asking
 class Encoding:
     """How images are stored. With neither `resolution` nor `channels` a file is copied if training can read its format.
 
-    resolution: pixels of both sides; None: as found
+    resolution: pixels of both sides, or of (height, width); None: as found
     channels:   1: grey, 3: RGB; None: as found
     resize:     how images of another size get there, see `ImageFormat`
     format:     of what is encoded anew: png is lossless and uncompressed, jpg has quality 95 and full chroma
     """
 
-    resolution: int | None = None
+    resolution: Resolution | None = None
     channels: int | None = None
     resize: Resize = "center-crop"
     format: Literal["png", "jpg"] = "png"

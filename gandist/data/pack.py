@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from gandist.arguments import positive
+from gandist.arguments import positive, resolution
 from gandist.data.collections import Collection, Samples, hold_out, image_folder, table
 from gandist.data.encode import Encoding, encode_png
 from gandist.data.index import UNLABELLED
@@ -22,13 +22,14 @@ from gandist.data.usage import train_command
 from gandist.data.writer import ShardPlan, check_absent, cut, write_shards
 from gandist.distributed import run
 from gandist.errors import DataError
+from gandist.resolution import Resolution, as_option, resolution_of, size_of
 
 DIGITS_SHARDS = {"train": (400, 350, 300, 250, 137), "test": (200, 160)}  # uneven on purpose: nothing may rely on size
 SHARD_SIZE = 5000  # images; some 0.3 GB of 64 px PNG, 1 GB of 256 px
 _SPLIT_SEED = 20
 
 
-def pack_digits(folder: Path, resolution: int = 16) -> dict:
+def pack_digits(folder: Path, resolution: Resolution = 16) -> dict:
     """Packs scikit-learn's handwritten digits (1,797 grey images of 8×8, 10 classes), enlarged bilinearly.
 
     Every fifth image of each class, in a fixed shuffled order, is held out: 1,437 to train, 360 to test. The bytes are
@@ -62,16 +63,16 @@ class _Digits(NamedTuple):
         return encode_png(self.images[index])
 
     def name(self, index: int) -> str:
-        return f"digits of {self.images.shape[1]} px [{index}]"
+        return f"digits of {as_option(resolution_of(*self.images.shape[1:]))} px [{index}]"
 
 
-def _digits(resolution: int) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8 [1797, resolution, resolution], labels int64 [1797]."""
+def _digits(resolution: Resolution) -> tuple[np.ndarray, np.ndarray]:
+    """Images uint8 [1797, H, W], labels int64 [1797]."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     grey = torch.from_numpy(digits.images).unsqueeze(1) * (255 / 16)
-    grey = F.interpolate(grey, size=(resolution, resolution), mode="bilinear", antialias=resolution < 8)
+    grey = F.interpolate(grey, size=size_of(resolution), mode="bilinear", antialias=min(size_of(resolution)) < 8)
     return grey.squeeze(1).round().to(torch.uint8).numpy(), digits.target.astype(np.int64)
 
 
@@ -131,7 +132,7 @@ def _summary(folder: Path, info: dict, skipped: Counter[str]) -> str:
         f"{split} {entry['num_samples']:,} images in {len(entry['filenames'])} shard(s)"
         for split, entry in info["splits"].items()
     )
-    size = f"{info['resolution']} px" if "resolution" in info else "not squares of one size"
+    size = f"{as_option(info['resolution'])} px" if "resolution" in info else "of several sizes"
     classes = f"{len(info['classes'])} classes" if "classes" in info else "unlabelled"
     lines = [f"packed {folder}: {splits}; {size}, {info['channels']} channel(s), {classes}"]
     if skipped:
@@ -144,8 +145,8 @@ def _training_command(folder: Path, info: dict) -> str:
     return train_command(
         [str(folder)],
         [str(folder)] if len(info["splits"]) > 1 else [],
-        resolution=info.get("resolution", 64),
-        resized="resolution" not in info,
+        resolution=info.get("resolution"),
+        square=64,
         channels=info["channels"],
         num_classes=len(info.get("classes", [])),
         unlabelled=any("unlabelled" in split for split in info["splits"].values()),
@@ -207,7 +208,9 @@ def _parser() -> argparse.ArgumentParser:
 
     for command in (digits, folder, listed, torchvision):
         command.add_argument("folder", type=Path, metavar="FOLDER", help="where to; made by this command")
-    digits.add_argument("--resolution", type=positive, default=16, metavar="PIXELS", help="default: %(default)s")
+    digits.add_argument(
+        "--resolution", type=resolution, default=16, metavar="SIZE", help="pixels, or HEIGHTxWIDTH (default: %(default)s)"
+    )
     for command in (folder, listed, torchvision):
         _add_options(command)
     return parser
@@ -216,15 +219,16 @@ def _parser() -> argparse.ArgumentParser:
 def _add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--resolution",
-        type=positive,
-        metavar="PIXELS",
-        help="make all images squares of this size, upright as their EXIF says (default: files are copied as they are)",
+        type=resolution,
+        metavar="SIZE",
+        help="make all images squares of so many pixels, or HEIGHTxWIDTH, upright as their EXIF says (default: files are "
+        "copied as they are)",
     )
     command.add_argument(
         "--resize",
         choices=["center-crop", "stretch"],
         default="center-crop",
-        help="how they become squares (default: %(default)s)",
+        help="how they come to its proportions (default: %(default)s)",
     )
     command.add_argument(
         "--channels", type=int, choices=[1, 3], help="make all images grey or RGB (default: 3 with --resolution, else as found)"

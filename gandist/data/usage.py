@@ -4,13 +4,15 @@ import json
 import shlex
 from collections.abc import Sequence
 
+from gandist.resolution import Resolution, as_yaml, find_pyramid
+
 
 def train_command(
     train: Sequence[str],
     test: Sequence[str] = (),
     *,
-    resolution: int,
-    resized: bool,
+    resolution: Resolution | None,
+    square: int,
     channels: int,
     num_classes: int,
     unlabelled: bool = False,
@@ -18,18 +20,21 @@ def train_command(
 ) -> str:
     """`python -m gandist.train …` as one types it in a shell.
 
-    train, test: shards as data.train and data.test name them; resized: whether images are to be made squares of that
-    resolution; unlabelled: whether some samples have no label
+    train, test: shards as data.train and data.test name them
+    resolution:  of all images; None where they differ
+    square:      pixels of the squares to make of them where they differ, or are of a size that no convolutional network makes
+    unlabelled:  whether some samples have no label
     """
+    usable = isinstance(resolution, int) or (resolution is not None and find_pyramid(resolution) is not None)
     arguments = [
         f"data.train={_as_yaml(train)}",
         f"data.test={_as_yaml(test) if test else 'null'}",
-        f"data.resolution={resolution}",
+        f"data.resolution={as_yaml(resolution) if usable else square}",
         f"data.channels={channels}",
         f"data.num_classes={num_classes}",
         f"evaluation.metrics={'[accuracy]' if test and num_classes else '[]'}",
     ]
-    if resized:
+    if not usable:
         arguments.append("data.resize=center-crop")
     if not num_classes:
         arguments.append("model.conditioning=none")

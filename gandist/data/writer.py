@@ -33,6 +33,7 @@ from gandist.data.encode import Encoding, encode
 from gandist.data.index import UNLABELLED
 from gandist.data.order import permutation
 from gandist.errors import DataError
+from gandist.resolution import resolution_of
 
 SHUFFLE_SEED = 0
 _FORMAT = 1  # raised when the same images would make other shards
@@ -283,15 +284,15 @@ def _finish_shard(partial: Path, shard: ShardPlan, temporary: Path, sizes: set[t
 def _describe(
     name: str, classes: list[str] | None, shards: Sequence[ShardPlan], records: Sequence[dict], encoding: Encoding
 ) -> dict:
-    """`_info.json`: timm's form, plus `resolution` if all images are squares of one size, `channels`, `classes`."""
+    """`_info.json`: timm's form, plus `resolution` if all images have one size, `channels`, `classes`."""
     sizes = {tuple(record["size"] or ()) for record in records}
-    is_square = len(sizes) == 1 and len(set(*sizes)) == 1
+    size = sizes.pop() if len(sizes) == 1 else ()
     parts: dict[str, list[tuple[ShardPlan, dict]]] = {}
     for shard, record in zip(shards, records, strict=True):
         parts.setdefault(shard.split, []).append((shard, record))
     return {
         "name": name,
-        **({"resolution": sizes.pop()[0]} if is_square else {}),
+        **({"resolution": resolution_of(*reversed(size))} if size else {}),
         "channels": encoding.channels or max(record["channels"] for record in records),
         **({"classes": classes} if classes else {}),
         "splits": {split: _describe_split(split, classes, part) for split, part in parts.items()},

@@ -21,7 +21,7 @@ def classification_accuracy_score(
     data = config.data
     images, labels = (torch.cat(each) for each in zip(*generated, strict=True))
     torch.manual_seed(config.seed)
-    judge = Judge(data.resolution, data.channels, data.num_classes).to(world.device, memory_format=torch.channels_last)
+    judge = Judge(max(data.size), data.channels, data.num_classes).to(world.device, memory_format=torch.channels_last)
     with torch.enable_grad():
         train_judge(judge, _shuffled(images, labels, config.seed), len(images), epochs=EPOCHS)
     return accuracy(judge, held_out, world)

@@ -33,6 +33,7 @@ class Judge(nn.Module):
     """A convolutional classifier whose last hidden layer serves as features.
 
     Two convolutions at each size, each with batch norm, from `resolution` down to 8 pixels (or to 4, of smaller images).
+    It sees images of any other size stretched or shrunk to squares of `resolution`.
     """
 
     def __init__(self, resolution: int, channels: int, num_classes: int):
@@ -96,17 +97,17 @@ def train_judge(
 ) -> Judge:
     """Trains it on batches of BATCH_SIZE uint8 images [B, C, H, W] and labels, −1 for none, without end.
 
-    Images are shifted by up to an eighth of their size, labels are smoothed. num_images: an epoch has
+    Images are shifted by up to an eighth of their height and width, labels are smoothed. num_images: an epoch has
     """
     steps = max(1, epochs * num_images // BATCH_SIZE)
     optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=5e-3, total_steps=steps)
-    reach = max(1, judge.resolution // 8)
     judge.requires_grad_(True).train()
     for _ in range(steps):
         images, labels = next(batches)
-        shift = torch.randint(-reach, reach + 1, (2,)).tolist()
-        images = F.pad(images, [reach] * 4).roll(shift, dims=(2, 3))[..., reach:-reach, reach:-reach]
+        down, right = (max(1, side // 8) for side in images.shape[2:])
+        shift = [int(torch.randint(-most, most + 1, ())) for most in (down, right)]
+        images = F.pad(images, [right, right, down, down]).roll(shift, dims=(2, 3))[..., down:-down, right:-right]
         _, class_logits = judge(images)
         optimizer.zero_grad()
         F.cross_entropy(class_logits, labels, label_smoothing=0.1, ignore_index=-1).backward()
@@ -148,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if world.size > 1:
             raise ConfigError("the judge is trained by one process: start it with python, not with torchrun")
         torch.manual_seed(0)
-        judge = Judge(data.resolution, data.channels, data.num_classes).to(world.device, memory_format=torch.channels_last)
+        judge = Judge(max(data.size), data.channels, data.num_classes).to(world.device, memory_format=torch.channels_last)
         dataset = open_dataset(data.train, data, world)
         with closing(dataset.training_batches(seed=0, batch_size=BATCH_SIZE, start=0)) as batches:
             train_judge(judge, (batch[:2] for batch in batches), len(dataset), epochs=options.epochs)

@@ -77,7 +77,7 @@ class RealStatistics:
         return found if self.world.is_main else Statistics()
 
 
-def save_reference(path: Path, moments: Moments, extractor: Extractor, about: dict[str, str | int]) -> None:
+def save_reference(path: Path, moments: Moments, extractor: Extractor, about: dict[str, object]) -> None:
     """A file of moments that `evaluation.reference` can name: count, mu, sigma, and how it was made."""
     _write(path, _moments_arrays(moments) | {_MADE: np.array(json.dumps(extractor.identity | about))})
 

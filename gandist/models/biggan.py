@@ -5,6 +5,7 @@ that all blocks share, the gains and biases of one block's batch norms. Both net
 weights at first. The paper has self-attention at 64 pixels: `model.attention: [64]`.
 """
 
+import math
 from functools import partial
 from itertools import pairwise
 
@@ -15,8 +16,9 @@ from torch import nn
 from gandist.config import DataConfig, ModelConfig
 from gandist.errors import ConfigError
 from gandist.models.layers import SyncBatchNorm
-from gandist.models.residual import SMALLEST, Layout, ResidualTrunk, ResidualUpBlock, attention_layers, find_layout
+from gandist.models.residual import Layout, ResidualTrunk, ResidualUpBlock, attention_layers, find_layout
 from gandist.models.spectral_norm import spectral_norm
+from gandist.resolution import SMALLEST, as_option
 
 EMBEDDING = 128  # numbers in the shared embedding of a class
 LAYOUTS = {
@@ -59,18 +61,20 @@ class LinearlyConditionedBatchNorm(nn.Module):
 class BigGANGenerator(nn.Module):
     def __init__(self, model: ModelConfig, data: DataConfig):
         super().__init__()
-        widths = [model.generator_width * multiple for multiple in find_layout(LAYOUTS, model, data).generator]
+        layout, pyramid = find_layout(LAYOUTS, model, data)
+        widths = [model.generator_width * multiple for multiple in layout.generator]
         chunks = len(widths)
         if model.latent_dim % chunks:
             raise ConfigError(
-                f"model.latent_dim={model.latent_dim}: biggan splits it into {chunks} equal parts at {data.resolution} pixels: "
-                f"choose a multiple of {chunks}, such as {20 * chunks}"
+                f"model.latent_dim={model.latent_dim}: biggan splits it into {chunks} equal parts at "
+                f"{as_option(data.resolution)} pixels: choose a multiple of {chunks}, such as {20 * chunks}"
             )
         self.chunk = model.latent_dim // chunks
         self.embedding = orthogonal(nn.Embedding(data.num_classes, EMBEDDING)) if data.num_classes else None
         condition_dim = self.chunk + (EMBEDDING if data.num_classes else 0)
         norm = partial(LinearlyConditionedBatchNorm, condition_dim=condition_dim)
-        self.project = normalized(nn.Linear(self.chunk, widths[0] * SMALLEST**2))
+        self.first = pyramid.first
+        self.project = normalized(nn.Linear(self.chunk, widths[0] * math.prod(self.first)))
         self.blocks = nn.ModuleList(ResidualUpBlock(before, after, norm, normalized) for before, after in pairwise(widths))
         resolutions = [SMALLEST << number for number in range(1, len(widths))]
         self.attention = nn.ModuleList(attention_layers(resolutions, widths[1:], model, normalized))
@@ -83,7 +87,7 @@ class BigGANGenerator(nn.Module):
         if self.embedding is not None:
             embedding = self.embedding(labels)
             others = [torch.cat([chunk, embedding], 1) for chunk in others]
-        x = self.project(first).unflatten(1, (-1, SMALLEST, SMALLEST))
+        x = self.project(first).unflatten(1, (-1, *self.first))
         for block, attend, condition in zip(self.blocks, self.attention, others, strict=True):
             x = attend(block(x, condition))
         return torch.tanh(self.to_image(F.relu(self.norm(x))))
@@ -91,4 +95,4 @@ class BigGANGenerator(nn.Module):
 
 class BigGANTrunk(ResidualTrunk):
     def __init__(self, model: ModelConfig, data: DataConfig):
-        super().__init__(find_layout(LAYOUTS, model, data), model, data, wide=True, layer=normalized)
+        super().__init__(LAYOUTS, model, data, wide=True, layer=normalized)

@@ -6,6 +6,7 @@ channels on as they are. The widths are BigGAN's, those at 32 and 64 pixels, whe
 self-attention at 64 pixels: `model.attention: [64]`.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -17,7 +18,8 @@ from torch import nn
 from gandist.config import DataConfig, ModelConfig
 from gandist.models.biggan import EMBEDDING, LAYOUTS, LinearlyConditionedBatchNorm, normalized, orthogonal
 from gandist.models.layers import Block, SyncBatchNorm, Trunk
-from gandist.models.residual import SMALLEST, attention_layers, find_layout, upsample
+from gandist.models.residual import attention_layers, find_layout, upsample
+from gandist.resolution import SMALLEST
 
 BOTTLENECK = 4  # so many times narrower is the inside of a block
 
@@ -81,11 +83,13 @@ class BottleneckDownBlock(Block):
 class BigGANDeepGenerator(nn.Module):
     def __init__(self, model: ModelConfig, data: DataConfig):
         super().__init__()
-        widths = [model.generator_width * multiple for multiple in find_layout(LAYOUTS, model, data).generator]
+        layout, pyramid = find_layout(LAYOUTS, model, data)
+        widths = [model.generator_width * multiple for multiple in layout.generator]
         self.embedding = orthogonal(nn.Embedding(data.num_classes, EMBEDDING)) if data.num_classes else None
         condition_dim = model.latent_dim + (EMBEDDING if data.num_classes else 0)
         block = partial(BottleneckUpBlock, norm=partial(LinearlyConditionedBatchNorm, condition_dim=condition_dim))
-        self.project = normalized(nn.Linear(condition_dim, widths[0] * SMALLEST**2))
+        self.first = pyramid.first
+        self.project = normalized(nn.Linear(condition_dim, widths[0] * math.prod(self.first)))
         self.blocks = nn.ModuleList(block(width, width, double=False) for width in widths[:-1])
         self.up_blocks = nn.ModuleList(block(before, after, double=True) for before, after in pairwise(widths))
         resolutions = [SMALLEST << number for number in range(1, len(widths))]
@@ -96,7 +100,7 @@ class BigGANDeepGenerator(nn.Module):
     def forward(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """latents [B, Z], labels int64 [B] → images [B, C, H, W] in [-1, 1]"""
         condition = latents if self.embedding is None else torch.cat([latents, self.embedding(labels)], 1)
-        x = self.project(condition).unflatten(1, (-1, SMALLEST, SMALLEST))
+        x = self.project(condition).unflatten(1, (-1, *self.first))
         for block, up_block, attend in zip(self.blocks, self.up_blocks, self.attention, strict=True):
             x = attend(up_block(block(x, condition), condition))
         return torch.tanh(self.to_image(F.relu(self.norm(x))))
@@ -109,7 +113,7 @@ class BigGANDeepTrunk(Trunk):
 
     def __init__(self, model: ModelConfig, data: DataConfig):
         super().__init__()
-        layout = find_layout(LAYOUTS, model, data)
+        layout, pyramid = find_layout(LAYOUTS, model, data)
         widths = [model.discriminator_width * multiple for multiple in layout.discriminator]
         self.from_image = normalized(nn.Conv2d(data.channels, widths[0], 3, padding=1))
         self.down_blocks = nn.ModuleList(
@@ -117,7 +121,7 @@ class BigGANDeepTrunk(Trunk):
             for number, (before, after) in enumerate(pairwise(widths))
         )
         self.blocks = nn.ModuleList(BottleneckDownBlock(width, width, halve=False) for width in widths[1:])
-        resolutions = [data.resolution >> number for number in range(1, layout.halvings + 1)]
+        resolutions = [pyramid.side >> number for number in range(1, layout.halvings + 1)]
         halved = widths[1 : layout.halvings + 1]
         self.attention = nn.ModuleList(attention_layers(resolutions, halved, model, normalized))
         self.attention.extend(nn.Identity() for _ in range(len(self.blocks) - layout.halvings))

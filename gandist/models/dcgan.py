@@ -1,10 +1,11 @@
-"""DCGAN (Radford et al. 2016, 1511.06434), class-conditional, for square images of 4·2ⁿ pixels.
+"""DCGAN (Radford et al. 2016, 1511.06434), class-conditional, for images with a side of 4·2ⁿ pixels.
 
 The generator has conditional batch norm. The discriminator has spectral norm (Miyato et al. 2018, 1802.05957) and no batch
 norm, so that gradient penalties are allowed; with `model.discriminator_norm: batch` it has the paper's batch norm, in all but
 its first layer.
 """
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -13,20 +14,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from gandist.config import DataConfig, ModelConfig
-from gandist.errors import ConfigError
-from gandist.models.layers import NORMS, Block, ConditionalBatchNorm, Layer, SyncBatchNorm, Trunk, plain
+from gandist.models.layers import NORMS, Block, ConditionalBatchNorm, Layer, SyncBatchNorm, Trunk, plain, pyramid_of
 from gandist.models.spectral_norm import spectral_norm
+from gandist.resolution import Pyramid
 
-SMALLEST = 4  # pixels of the first feature map of G and the last of D
 SLOPE = 0.1  # of the leaky ReLUs, as in SNGAN
 
 
-def stage_widths(width: int, resolution: int) -> list[int]:
-    """Channels from the full resolution down to 4 pixels. Raises ConfigError for other resolutions than 8, 16, 32, …"""
-    stages = (resolution // SMALLEST).bit_length() - 1
-    if stages < 1 or resolution != SMALLEST << stages:
-        raise ConfigError(f"data.resolution={resolution}: dcgan makes images of 8, 16, 32, 64, … pixels")
-    return [width << stage for stage in range(stages + 1)]
+def stage_widths(width: int, pyramid: Pyramid) -> list[int]:
+    """Channels from the full resolution down to 4 pixels."""
+    return [width << stage for stage in range(pyramid.doublings + 1)]
 
 
 class UpBlock(Block):
@@ -61,15 +58,17 @@ class DownBlock(Block):
 class DCGANGenerator(nn.Module):
     def __init__(self, model: ModelConfig, data: DataConfig):
         super().__init__()
-        widths = stage_widths(model.generator_width, data.resolution)[::-1]
-        self.project = nn.Linear(model.latent_dim, widths[0] * SMALLEST**2, bias=False)
+        pyramid = pyramid_of(model, data)
+        widths = stage_widths(model.generator_width, pyramid)[::-1]
+        self.first = pyramid.first
+        self.project = nn.Linear(model.latent_dim, widths[0] * math.prod(self.first), bias=False)
         self.norm = ConditionalBatchNorm(widths[0], data.num_classes)
         self.blocks = nn.ModuleList(UpBlock(before, after, data.num_classes) for before, after in pairwise(widths))
         self.to_image = nn.Conv2d(widths[-1], data.channels, 3, padding=1)
 
     def forward(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """latents [B, Z], labels int64 [B] → images [B, C, H, W] in [-1, 1]"""
-        x = self.project(latents).unflatten(1, (-1, SMALLEST, SMALLEST))
+        x = self.project(latents).unflatten(1, (-1, *self.first))
         x = F.relu(self.norm(x, labels))
         for block in self.blocks:
             x = block(x, labels)
@@ -81,7 +80,7 @@ class DCGANTrunk(Trunk):
 
     def __init__(self, model: ModelConfig, data: DataConfig):
         super().__init__()
-        widths = stage_widths(model.discriminator_width, data.resolution)
+        widths = stage_widths(model.discriminator_width, pyramid_of(model, data))
         norm = NORMS[model.discriminator_norm]
         self.layer = spectral_norm if model.discriminator_norm == "spectral" else plain
         self.pool = torch.sum if model.discriminator_norm == "spectral" else torch.mean

@@ -1,6 +1,6 @@
 """Blocks that network families share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from functools import partial
@@ -11,6 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
+
+from gandist.config import DataConfig, ModelConfig
+from gandist.errors import ConfigError
+from gandist.resolution import Pyramid, as_yaml, find_pyramid
 
 Layer = Callable[[nn.Module], nn.Module]  # a new convolution, linear layer or embedding → the same, initialized and normalized
 
@@ -43,6 +47,18 @@ class _Recomputation:
 
     def __exit__(self, *error: object) -> None:
         _recomputing.reset(self._token)
+
+
+def pyramid_of(model: ModelConfig, data: DataConfig, sides: Collection[int] | None = None) -> Pyramid:
+    """How the family's feature maps grow to the images. Raises ConfigError.
+
+    sides: of the squares that it makes; None: 8, 16, 32, …
+    """
+    if pyramid := find_pyramid(data.resolution, sides):
+        return pyramid
+    possible = "8, 16, 32, 64, …" if sides is None else ", ".join(map(str, sides))
+    others = "" if isinstance(data.resolution, int) else " on one side, and on the other a multiple of a quarter of that"
+    raise ConfigError(f"data.resolution={as_yaml(data.resolution)}: {model.family} makes images of {possible} pixels{others}")
 
 
 class Trunk(nn.Module):

@@ -3,6 +3,8 @@
 Two hidden layers of `model.generator_width` and `model.discriminator_width` units each, in tutorials 256.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,11 +19,11 @@ class MLPGenerator(nn.Module):
     def __init__(self, model: ModelConfig, data: DataConfig):
         super().__init__()
         width = model.generator_width
-        self.shape = (data.channels, data.resolution, data.resolution)
+        self.shape = (data.channels, *data.size)
         self.embedding = nn.Embedding(data.num_classes, model.latent_dim) if data.num_classes else None
         self.hidden1 = nn.Linear(model.latent_dim * (2 if data.num_classes else 1), width)
         self.hidden2 = nn.Linear(width, width)
-        self.to_image = nn.Linear(width, data.channels * data.resolution**2)
+        self.to_image = nn.Linear(width, math.prod(self.shape))
 
     def forward(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """latents [B, Z], labels int64 [B] → images [B, C, H, W] in [-1, 1]"""
@@ -37,7 +39,7 @@ class MLPTrunk(Trunk):
     def __init__(self, model: ModelConfig, data: DataConfig):
         super().__init__()
         self.features = model.discriminator_width
-        self.hidden1 = nn.Linear(data.channels * data.resolution**2, self.features)
+        self.hidden1 = nn.Linear(data.channels * math.prod(data.size), self.features)
         self.hidden2 = nn.Linear(self.features, self.features)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

@@ -13,9 +13,9 @@ from torch import nn
 
 from gandist.config import DataConfig, ModelConfig
 from gandist.errors import ConfigError
-from gandist.models.layers import Block, Downsample, Trunk, Upsample
+from gandist.models.layers import Block, Downsample, Trunk, Upsample, pyramid_of
+from gandist.resolution import as_option
 
-SMALLEST = 4  # pixels of the first feature map of G and the last of D
 BLOCKS = 2  # residual blocks at a resolution
 SLOPE = 0.2  # of the leaky ReLUs
 EXPANSION = 2  # of the channels within a residual block
@@ -23,13 +23,12 @@ EXPANSION = 2  # of the channels within a residual block
 
 def stage_widths(model: ModelConfig, data: DataConfig, width: int) -> list[int]:
     """Channels from 4 pixels up; width: at every resolution, unless model.widths says it. Raises ConfigError."""
-    stages = (data.resolution // SMALLEST).bit_length()
-    if stages < 2 or data.resolution != SMALLEST << stages - 1:
-        raise ConfigError(f"data.resolution={data.resolution}: r3gan makes images of 8, 16, 32, 64, … pixels")
+    stages = pyramid_of(model, data).doublings + 1
     widths = list(model.widths or [width] * stages)
     if len(widths) != stages:
         raise ConfigError(
-            f"model.widths={widths}: images of {data.resolution} pixels want {stages} of them, for the resolutions from 4 up"
+            f"model.widths={widths}: images of {as_option(data.resolution)} pixels want {stages} of them, for the resolutions "
+            "from 4 up"
         )
     if wrong := [width for width in widths if EXPANSION * width % model.group_size]:
         raise ConfigError(
@@ -82,7 +81,7 @@ class R3GANGenerator(nn.Module):
         self.embedding = scaled(nn.Embedding(data.num_classes, model.latent_dim)) if data.num_classes else None
         inputs = model.latent_dim * (2 if data.num_classes else 1)
         self.project = scaled(nn.Linear(inputs, widths[0], bias=False))
-        self.basis = nn.Parameter(torch.randn(widths[0], SMALLEST, SMALLEST))
+        self.basis = nn.Parameter(torch.randn(widths[0], *pyramid_of(model, data).first))
         blocks = stage(widths[0], model, len(widths))
         for before, after in pairwise(widths):
             blocks += [*change_width(before, after), Upsample(), *stage(after, model, len(widths))]
@@ -106,7 +105,8 @@ class R3GANTrunk(Trunk):
             blocks += [Downsample(), *change_width(before, after), *stage(after, model, len(widths))]
         self.blocks = nn.Sequential(*blocks)
         self.features = widths[-1]
-        self.gather = scaled(nn.Conv2d(self.features, self.features, SMALLEST, groups=self.features, bias=False))
+        last = pyramid_of(model, data).first
+        self.gather = scaled(nn.Conv2d(self.features, self.features, last, groups=self.features, bias=False))
 
     @staticmethod
     def layer(module: nn.Module) -> nn.Module:

@@ -10,13 +10,12 @@ from torch import nn
 
 from gandist.config import DataConfig, ModelConfig
 from gandist.errors import ConfigError
-from gandist.models.layers import NORMS, Block, Layer, SyncBatchNorm, Trunk
-
-SMALLEST = 4  # pixels of the generator's first feature map
+from gandist.models.layers import NORMS, Block, Layer, SyncBatchNorm, Trunk, pyramid_of
+from gandist.resolution import SMALLEST, Pyramid, as_option
 
 
 class Layout(NamedTuple):
-    """The channels of both networks at one resolution of images, as multiples of the width.
+    """The channels of both networks for images of one side, as multiples of the width.
 
     generator:     of its feature maps, from 4 pixels up
     discriminator: after each of its blocks
@@ -28,21 +27,18 @@ class Layout(NamedTuple):
     halvings: int
 
 
-def find_layout(layouts: Mapping[int, Layout], model: ModelConfig, data: DataConfig) -> Layout:
+def find_layout(layouts: Mapping[int, Layout], model: ModelConfig, data: DataConfig) -> tuple[Layout, Pyramid]:
     """Raises ConfigError where there is none for the resolution, or self-attention is asked for where no feature map is."""
-    if data.resolution not in layouts:
-        raise ConfigError(
-            f"data.resolution={data.resolution}: {model.family} makes images of {', '.join(map(str, layouts))} pixels"
-        )
-    layout = layouts[data.resolution]
-    possible = [data.resolution >> halvings for halvings in range(layout.halvings, 0, -1)]
+    pyramid = pyramid_of(model, data, layouts)
+    layout = layouts[pyramid.side]
+    possible = [pyramid.side >> halvings for halvings in range(layout.halvings, 0, -1)]
     possible = [resolution for resolution in possible if resolution > SMALLEST]
     if set(model.attention) - set(possible):
         raise ConfigError(
-            f"model.attention={list(model.attention)}: for images of {data.resolution} pixels both networks have feature maps "
-            f"of {', '.join(map(str, possible))} pixels: choose among these"
+            f"model.attention={list(model.attention)}: for images of {as_option(data.resolution)} pixels both networks have "
+            f"feature maps of {', '.join(map(str, possible))} pixels: choose among these"
         )
-    return layout
+    return layout, pyramid
 
 
 class ResidualUpBlock(Block):
@@ -141,8 +137,9 @@ class ResidualTrunk(Trunk):
     wide: whether a block widens in its first convolution, not in its second
     """
 
-    def __init__(self, layout: Layout, model: ModelConfig, data: DataConfig, *, wide: bool, layer: Layer):
+    def __init__(self, layouts: Mapping[int, Layout], model: ModelConfig, data: DataConfig, *, wide: bool, layer: Layer):
         super().__init__()
+        layout, pyramid = find_layout(layouts, model, data)
         self.layer = layer
         self.pool = torch.sum if model.discriminator_norm == "spectral" else torch.mean
         self.couples_images = model.discriminator_norm == "batch"
@@ -159,7 +156,7 @@ class ResidualTrunk(Trunk):
             )
             for number, (before, after) in enumerate(pairwise([data.channels, *widths]))
         )
-        resolutions = [data.resolution >> number for number in range(1, layout.halvings + 1)]
+        resolutions = [pyramid.side >> number for number in range(1, layout.halvings + 1)]
         self.attention = nn.ModuleList(attention_layers(resolutions, widths[: layout.halvings], model, layer))
         self.features = widths[-1]
 

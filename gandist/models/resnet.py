@@ -16,8 +16,9 @@ from torch import nn
 
 from gandist.config import DataConfig, ModelConfig
 from gandist.models.layers import ConditionalBatchNorm, SyncBatchNorm
-from gandist.models.residual import SMALLEST, Layout, ResidualTrunk, ResidualUpBlock, attention_layers, find_layout
+from gandist.models.residual import Layout, ResidualTrunk, ResidualUpBlock, attention_layers, find_layout
 from gandist.models.spectral_norm import spectral_norm
+from gandist.resolution import SMALLEST
 
 LAYOUTS = {
     32: Layout((1, 1, 1, 1), (1, 1, 1, 1), halvings=2),
@@ -42,11 +43,12 @@ def normalized(layer: nn.Module) -> nn.Module:
 class ResNetGenerator(nn.Module):
     def __init__(self, model: ModelConfig, data: DataConfig):
         super().__init__()
-        layout = find_layout(LAYOUTS, model, data)
+        layout, pyramid = find_layout(LAYOUTS, model, data)
         widths = [model.generator_width * multiple for multiple in layout.generator]
         layer = normalized if model.generator_spectral_norm else xavier
         norm = partial(ConditionalBatchNorm, num_classes=data.num_classes)
-        self.project = layer(nn.Linear(model.latent_dim, widths[0] * SMALLEST**2))
+        self.first = pyramid.first
+        self.project = layer(nn.Linear(model.latent_dim, widths[0] * math.prod(self.first)))
         self.blocks = nn.ModuleList(ResidualUpBlock(before, after, norm, layer) for before, after in pairwise(widths))
         resolutions = [SMALLEST << number for number in range(1, len(widths))]
         self.attention = nn.ModuleList(attention_layers(resolutions, widths[1:], model, layer))
@@ -55,7 +57,7 @@ class ResNetGenerator(nn.Module):
 
     def forward(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """latents [B, Z], labels int64 [B] → images [B, C, H, W] in [-1, 1]"""
-        x = self.project(latents).unflatten(1, (-1, SMALLEST, SMALLEST))
+        x = self.project(latents).unflatten(1, (-1, *self.first))
         for block, attend in zip(self.blocks, self.attention, strict=True):
             x = attend(block(x, labels))
         return torch.tanh(self.to_image(F.relu(self.norm(x))))
@@ -64,4 +66,4 @@ class ResNetGenerator(nn.Module):
 class ResNetTrunk(ResidualTrunk):
     def __init__(self, model: ModelConfig, data: DataConfig):
         layer = normalized if model.discriminator_norm == "spectral" else xavier
-        super().__init__(find_layout(LAYOUTS, model, data), model, data, wide=False, layer=layer)
+        super().__init__(LAYOUTS, model, data, wide=False, layer=layer)

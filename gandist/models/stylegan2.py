@@ -1,4 +1,4 @@
-"""StyleGAN2 (Karras et al. 2020, 1912.04958), its config F, for square images of 4·2ⁿ pixels.
+"""StyleGAN2 (Karras et al. 2020, 1912.04958), its config F, for images with a side of 4·2ⁿ pixels.
 
 Classes enter as in StyleGAN2-ADA (Karras et al. 2020, 2006.06676). Noise and style mixing are functions of the latents, not
 random: an image depends on its latents and label alone. Images leave the generator unbounded.
@@ -14,12 +14,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from gandist.config import DataConfig, ModelConfig
-from gandist.errors import ConfigError
 from gandist.models.heads import Head
-from gandist.models.layers import Block, Downsample, Layer, LowPass, Trunk, Upsample, track
+from gandist.models.layers import Block, Downsample, Layer, LowPass, Trunk, Upsample, pyramid_of, track
 from gandist.models.noise import hashed_normal, hashed_uniform
 
-SMALLEST = 4  # pixels of the first feature map of G and the last of D
 EPS = 1e-8  # keeps roots and divisions finite
 MAPPING_RATE = 0.01  # learning rate of mapping networks, as a multiple
 LABEL_LAYERS = 8  # of the discriminator's mapping network
@@ -29,11 +27,8 @@ SECOND_LATENTS, CROSSOVER = -1, -2  # salts; layers have their numbers
 
 
 def stage_widths(model: ModelConfig, data: DataConfig, width: int) -> list[int]:
-    """Channels from the full resolution down to 4 pixels. Raises ConfigError for other resolutions than 8, 16, 32, …"""
-    stages = (data.resolution // SMALLEST).bit_length()
-    if stages < 2 or data.resolution != SMALLEST << stages - 1:
-        raise ConfigError(f"data.resolution={data.resolution}: stylegan2 makes images of 8, 16, 32, 64, … pixels")
-    return [min(width << stage, model.max_width) for stage in range(stages)]
+    """Channels from the full resolution down to 4 pixels. Raises ConfigError."""
+    return [min(width << stage, model.max_width) for stage in range(pyramid_of(model, data).doublings + 1)]
 
 
 class Gain(nn.Module):
@@ -194,7 +189,7 @@ class StyleGAN2Generator(nn.Module):
         latent_dim = model.latent_dim
         self.style_mixing = model.style_mixing
         self.mapping = MappingNetwork(latent_dim, data.num_classes, latent_dim, model.mapping_layers)
-        self.constant = nn.Parameter(torch.randn(widths[0], SMALLEST, SMALLEST))
+        self.constant = nn.Parameter(torch.randn(widths[0], *pyramid_of(model, data).first))
         self.conv = StyledConvolution(widths[0], widths[0], latent_dim, number=0)
         self.to_image = ToImage(widths[0], data.channels, latent_dim)
         self.blocks = nn.ModuleList(
@@ -303,7 +298,7 @@ class StyleGAN2Trunk(Trunk):
         self.compare = MinibatchStandardDeviation(model.minibatch_std) if self.couples_images else nn.Identity()
         self.features = widths[-1]
         self.conv = equalized(nn.Conv2d(self.features + self.couples_images, self.features, 3, padding=1))
-        self.gather = equalized(nn.Linear(self.features * SMALLEST**2, self.features))
+        self.gather = equalized(nn.Linear(self.features * math.prod(pyramid_of(model, data).first), self.features))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, C, H, W] in [-1, 1] → features [B, F]"""

@@ -70,6 +70,6 @@ def evaluation_table(evaluation: Evaluation, class_names: list[str]) -> str:
 
 def sample_grid(images: torch.Tensor, columns: int) -> Image.Image:
     """uint8 [N, C, H, W] → a picture with `columns` images a row; small images are enlarged."""
-    enlarge = max(1, GRID_CELL // images.shape[-1])
+    enlarge = max(1, GRID_CELL // max(images.shape[2:]))
     grid = make_grid(images.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3), columns)
     return to_pil_image(grid.cpu())
