@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from gandist.config import DataConfig, ModelConfig
+from gandist.errors import ConfigError
 from gandist.models.heads import Head
 from gandist.models.layers import Block, Downsample, Layer, LowPass, Trunk, Upsample, pyramid_of, track
 from gandist.models.noise import hashed_normal, hashed_uniform
