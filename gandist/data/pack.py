@@ -209,7 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (digits, folder, listed, torchvision):
         command.add_argument("folder", type=Path, metavar="FOLDER", help="where to; made by this command")
     digits.add_argument(
-        "--resolution", type=resolution, default=16, metavar="SIZE", help="pixels, or HEIGHTxWIDTH (default: %(default)s)"
+        "--resolution", type=resolution, default=16, metavar="PIXELS", help="pixels, or HEIGHTxWIDTH (default: %(default)s)"
     )
     for command in (folder, listed, torchvision):
         _add_options(command)
@@ -220,7 +220,7 @@ def _add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--resolution",
         type=resolution,
-        metavar="SIZE",
+        metavar="PIXELS",
         help="make all images squares of so many pixels, or HEIGHTxWIDTH, upright as their EXIF says (default: files are "
         "copied as they are)",
     )
