@@ -263,7 +263,7 @@ def test_recomputed_the_gradients_are_the_same(family: str) -> None:
     assert_same(gradients(networks, compiled=False), gradients(build(family), compiled=False))
 
 
-@pytest.mark.parametrize("family", ["mlp", "dcgan", "biggan", "r3gan", "stylegan2"])  # whose parts the others are made of
+@pytest.mark.parametrize("family", ["biggan", "r3gan", "stylegan2"])  # which have the parts of the others
 def test_compiled_the_gradients_are_the_same(family: str) -> None:
     assert_same(gradients(build(family), compiled=True), gradients(build(family), compiled=False))
 
