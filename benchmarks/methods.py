@@ -13,7 +13,7 @@ from pathlib import Path
 
 COMMON = ["train.kimg=60", "evaluation.every_kimg=60", "checkpoint.every_kimg=60", "tracking.wandb=off"]
 SLOWER = ["optimizer.generator_lr=1e-3", "optimizer.discriminator_lr=3e-4"]
-RESIDUAL = ["data.resolution=32", *SLOWER]
+AT_32 = ["data.resolution=32"]
 METHODS = {  # name → what it has other than the default, dcgan with projection and the hinge loss
     "mlp, projection": [
         "model.family=mlp",
@@ -29,17 +29,11 @@ METHODS = {  # name → what it has other than the default, dcgan with projectio
     "dcgan, contrastive": ["model.conditioning=contrastive"],
     "dcgan, d2d_ce": ["model.conditioning=d2d_ce"],
     "dcgan, multi_hinge": ["model.conditioning=multi_hinge"],
-    "resnet, projection": [*RESIDUAL, "model.family=resnet", "model.generator_width=24", "model.discriminator_width=24"],
-    "biggan, projection": [*RESIDUAL, "model.family=biggan", "model.generator_width=6", "model.discriminator_width=6"],
-    "biggan, d2d_ce": [
-        *RESIDUAL,
-        "model.family=biggan",
-        "model.generator_width=6",
-        "model.discriminator_width=6",
-        "model.conditioning=d2d_ce",
-    ],
+    "resnet, projection": [*AT_32, "model.family=resnet", "model.generator_width=24", "model.discriminator_width=24"],
+    "biggan, projection": [*AT_32, *SLOWER, "model.family=biggan", "model.generator_width=6", "model.discriminator_width=6"],
     "biggan_deep, projection": [
-        *RESIDUAL,
+        *AT_32,
+        *SLOWER,
         "model.family=biggan_deep",
         "model.generator_width=16",
         "model.discriminator_width=16",
