@@ -62,18 +62,26 @@ METHODS = {  # name → what it has other than the default, dcgan with projectio
         "optimizer.betas=[0.0, 0.99]",
     ],
 }
-COLUMNS = {"class head": "classification/test_top1", "GAN-test": "eval/gan_test", "`fd_classifier`": "eval/fd_classifier"}
+COLUMNS = {
+    "class head": "classification/test_top1",
+    "GAN-test": "eval/gan_test",
+    "`fd_classifier`": "eval/fd_classifier",
+    "diversity": "health/diversity",
+}
 
 
 def train(overrides: Sequence[str], run_dir: Path) -> tuple[dict[str, float], float]:
-    """The last values of the run's evaluations, and the CPU seconds of all its processes."""
+    """The last values that the run logged and measured, and the CPU seconds of all its processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "gandist.train"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([*command, *COMMON, *overrides, f"run_dir={run_dir}"], check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    records = [json.loads(line) for line in (run_dir / "evaluations.jsonl").read_text().splitlines()]
-    return {record["metric"]: record["value"] for record in records if "value" in record}, seconds
+    logged, measured = (
+        [json.loads(line) for line in (run_dir / file).read_text().splitlines()]
+        for file in ("metrics.jsonl", "evaluations.jsonl")
+    )
+    return logged[-1] | {record["metric"]: record["value"] for record in measured if "value" in record}, seconds
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
