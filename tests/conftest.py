@@ -10,6 +10,13 @@ from gandist.data.pack import pack_digits
 from gandist.distributed import World, join_world
 from gandist.models import spectral_norm
 
+LONGEST = ("test_promises", "test_slurm", "test_survival", "test_tracking", "test_commands", "test_families")  # to run
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no process is left alone with one of them at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
