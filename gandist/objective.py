@@ -157,8 +157,7 @@ class DiscriminatorObjective(nn.Module):
         if "near" in self.consistency:
             batches["near"] = batches["fake"]._replace(images=near)
         verdicts = self._discriminate(batches, penalties, seen)
-        if self.training:
-            self.augmentation.observe(verdicts["real"].logits)
+        self.augmentation.observe(verdicts["real"].logits)
 
         terms = self._adversarial_terms(verdicts, real_labels, fake_labels)
         for images, (name, weight, function) in penalties.items():

@@ -89,10 +89,10 @@ class LeCam(nn.Module):
 
     DECAY = 0.99
 
-    def __init__(self, device: torch.device | None = None):
+    def __init__(self):
         super().__init__()
-        self.register_buffer("anchors", torch.zeros(2, device=device))  # of real and of generated images
-        self.register_buffer("updates", torch.zeros((), device=device))
+        self.register_buffer("anchors", torch.zeros(2))  # of real and of generated images
+        self.register_buffer("updates", torch.zeros(()))
 
     def forward(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
         """Logits [B] of either → []"""
@@ -103,8 +103,7 @@ class LeCam(nn.Module):
 
     @torch.no_grad()
     def _track(self, real: torch.Tensor, fake: torch.Tensor) -> None:
-        means = torch.stack([real.mean(), fake.mean()])
-        means = mean_over_ranks(means)
+        means = mean_over_ranks(torch.stack([real.mean(), fake.mean()]))
         self.updates += 1
         weight = (1 / self.updates).clamp(min=1 - self.DECAY)
         means = torch.where(means.isfinite(), means.to(self.anchors), self.anchors)
@@ -117,9 +116,9 @@ class PathLength(nn.Module):
 
     DECAY = 0.99
 
-    def __init__(self, device: torch.device | None = None):
+    def __init__(self):
         super().__init__()
-        self.register_buffer("mean", torch.zeros((), device=device))
+        self.register_buffer("mean", torch.zeros(()))
 
     def forward(
         self, synthesize: Callable[[torch.Tensor], torch.Tensor], styles: torch.Tensor, latents: torch.Tensor

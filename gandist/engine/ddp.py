@@ -61,12 +61,7 @@ class DDPPlayer(Player):
         if self.scaler.is_enabled():
             state = self.scaler.state_dict()
             self._loss_scale.copy_(torch.tensor([state["scale"], state["_growth_tracker"]]))
-        return {
-            "network": self.network.state_dict(),
-            "objective": self.objective_state(),
-            "optimizer": self._adam_state(),
-            "loss_scale": self._loss_scale,
-        }
+        return super().state_dict()
 
     def load_state_dict(self, state: dict) -> None:
         if self.scaler.is_enabled():

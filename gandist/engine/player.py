@@ -46,8 +46,9 @@ class Player(ABC):
         seen: images before the step, which rates may follow
         Gradients are exchanged once. Returns this rank's statistics of each micro-batch and of the step, on the device.
         """
+        rates = self.rates(seen)
         for group in self.optimizer.param_groups:
-            group.update(self.rates(seen))
+            group.update(rates)
         power_iteration(self.network)
         collected = []
         for number, inputs in enumerate(micro_batches, start=1):
@@ -58,10 +59,24 @@ class Player(ABC):
             collected.append(statistics)
         return [*collected, {f"grad/{self.name}_norm": self.step(step)}]
 
+    def state_dict(self) -> dict:
+        """The tensors of the network, of the objective beside it, and of Adam, by parameter name; equal on all ranks."""
+        return {
+            "network": self.network.state_dict(),
+            "objective": self.objective_state(),
+            "optimizer": self._adam_state(),
+            "loss_scale": self._loss_scale,
+        }
+
+    def objective_state(self) -> dict[str, torch.Tensor]:
+        """The live tensors that the objective itself keeps: running means, the probability of augmentation."""
+        return {name: value for name, value in self.objective.state_dict().items() if not name.startswith("network.")}
+
     # What an engine brings.
 
     parallel: Callable[..., tuple[torch.Tensor, Statistics]]  # the objective, wrapped
     optimizer: torch.optim.Adam
+    _loss_scale: torch.Tensor  # and the steps since it last grew, [2]
 
     @abstractmethod
     def exchanging(self, last: bool) -> AbstractContextManager:
@@ -75,12 +90,7 @@ class Player(ABC):
         """Clips, updates the parameters unless the guard objects, clears the gradients. Returns their norm [] before."""
 
     @abstractmethod
-    def state_dict(self) -> dict:
-        """The tensors of the network, of the objective beside it, and of Adam, by parameter name; equal on all ranks."""
-
-    def objective_state(self) -> dict[str, torch.Tensor]:
-        """The live tensors that the objective itself keeps: running means, the probability of augmentation."""
-        return {name: value for name, value in self.objective.state_dict().items() if not name.startswith("network.")}
+    def _adam_state(self) -> AdamState: ...
 
     @abstractmethod
     def load_state_dict(self, state: dict) -> None:

@@ -67,15 +67,6 @@ class DeepSpeedPlayer(Player):
         adam.found_inf = self.guard.watch(norm, self._step)  # fused Adam does nothing where it is 1
         self._norm = norm
 
-    def state_dict(self) -> dict:
-        """The live tensors but for Adam's, which are gathered: `load_state_dict` takes over what is written into them."""
-        return {
-            "network": self.network.state_dict(),
-            "objective": self.objective_state(),
-            "optimizer": self._adam_state(),
-            "loss_scale": self._loss_scale,
-        }
-
     def load_state_dict(self, state: dict) -> None:
         if not self.sharded:
             return
@@ -90,6 +81,7 @@ class DeepSpeedPlayer(Player):
             flat["step"].copy_(saved["step"])
 
     def _adam_state(self) -> AdamState:
+        """Gathered, not live: `load_state_dict` takes over what is written into it."""
         states = adam_state(self.optimizer)
         if not self.sharded:
             return {name: states[parameter] for name, parameter in self.parameters.items()}
