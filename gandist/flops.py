@@ -54,7 +54,7 @@ def count_run(
     labels = torch.zeros(1, dtype=torch.int64, device=device)
     images = zeros(config.data.channels, *config.data.size)
     near = images if discriminating.wants_near else None
-    real = images if generating.adversarial.paired else None
+    real = (images, labels) if generating.wants_real else ()
     flops = {
         "generator": count_flops(generating.network, latents, labels),
         "discriminator": count_flops(discriminating.network, images, labels),
@@ -65,7 +65,7 @@ def count_run(
         return count_flops(discriminating, images, labels, images, near, labels, noise, seen, penalized, backward=True)
 
     def generator_update(penalized: bool) -> int:
-        return count_flops(generating, latents, labels, zeros(generating.columns.width), seen, penalized, real, backward=True)
+        return count_flops(generating, latents, labels, zeros(generating.columns.width), seen, penalized, *real, backward=True)
 
     with evaluating(discriminating):  # which the generator's objective holds unregistered: its copy's eval() misses it
         in_discriminator = _lazily(discriminator_update, config.loss.penalty_every)

@@ -264,6 +264,11 @@ class GeneratorObjective(nn.Module):
             near=config.model.latent_dim if self.diversity_weight else 0,
         )
 
+    @property
+    def wants_real(self) -> bool:
+        """Whether its update takes real images, too."""
+        return self.adversarial.paired
+
     def generate(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """latents [B, Z], labels int64 [B] → images [B, C, H, W] in [-1, 1], of the latents' dtype"""
         with self.autocast():
@@ -277,12 +282,13 @@ class GeneratorObjective(nn.Module):
         seen: torch.Tensor,
         penalized: bool,
         real: torch.Tensor | None = None,
+        real_labels: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Statistics]:
         """latents [B, Z], labels int64 [B] → the loss [] and statistics.
 
         noise, seen: as for the discriminator
         penalized:   whether with the path length penalty
-        real:        images of these labels [B, C, H, W], for a paired loss
+        real:        images [B, C, H, W] and their labels, if `wants_real`; a paired loss has the generated ones of these
         """
         (opponent,) = self._opponent
         parts = self.columns.split(noise)

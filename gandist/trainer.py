@@ -118,8 +118,8 @@ class Trainer:
 
     @property
     def position(self) -> int:
-        """In the data. A paired loss takes real images for the generator's updates as well."""
-        extra = self.images // self.config.train.discriminator_updates if self.paired else 0
+        """In the data, of which the generator's updates may take a part as well."""
+        extra = self.images // self.config.train.discriminator_updates if self.generator.objective.wants_real else 0
         return self.images + extra
 
     @property
@@ -196,9 +196,9 @@ class Trainer:
         latents, labels = self._latents(Purpose.GENERATOR)
         noise = self._noise(Purpose.GENERATOR_NOISE, 0, self.generator.objective.columns)
         drawn = latents, labels, noise
-        if self.paired:
+        if self.generator.objective.wants_real:
             real, real_labels = self._next_real(batches, train.discriminator_updates)
-            drawn = latents, real_labels, noise, real
+            drawn = latents, real_labels if self.paired else labels, noise, real, real_labels
         penalized = self.step % loss.path_length_every == 0
         with record_function("generator update"), frozen(self.discriminator.network):
             micro_batches = zip(*(each.chunk(count) for each in drawn), strict=True)

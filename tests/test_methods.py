@@ -104,7 +104,7 @@ def found_gradients(overrides: list[str], world: World) -> tuple[Gradients, Grad
         mine = Inputs(*(each[world.rank :: world.size] for each in game.inputs(update)))
         penalized = update == UPDATES - 1
         near = mine.near if game.discriminating.wants_near else None
-        real = [mine.real] if game.generating.adversarial.paired else []
+        real = [mine.real, mine.real_labels] if game.generating.wants_real else []
         given = [
             (mine.real, mine.real_labels, mine.fake, near, mine.labels, mine.noise, seen, penalized),
             (mine.latents, mine.labels, mine.generator_noise, seen, penalized, *real),
@@ -561,7 +561,7 @@ def test_no_method_waits_for_the_device(case: str) -> None:
     game = build(CASES[case][1])
     x = game.inputs(0)
     near = x.near if game.discriminating.wants_near else None
-    real = [x.real] if game.generating.adversarial.paired else []
+    real = [x.real, x.real_labels] if game.generating.wants_real else []
     seen = torch.tensor(float(SEEN), dtype=torch.float64)
     with HostWaits() as waits:
         game.discriminating(x.real, x.real_labels, x.fake, near, x.labels, x.noise, seen, True)[0].backward()
