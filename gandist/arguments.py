@@ -1,6 +1,7 @@
-"""Types of command-line arguments that several commands have."""
+"""Command-line arguments that several commands have, and their types."""
 
 import argparse
+from pathlib import Path
 
 from gandist.resolution import resolution_of
 
@@ -17,3 +18,11 @@ def resolution(text: str) -> int | tuple[int, int]:
         return resolution_of(positive(height), positive(width if times else height))
     except argparse.ArgumentTypeError as error:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: say 64, or 48x64 for images 48 pixels high, 64 wide") from error
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """What to load: `run`, `step`, `best`."""
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, a checkpoint's, or an exported one")
+    chosen = parser.add_mutually_exclusive_group()
+    chosen.add_argument("--step", type=positive, metavar="N", help="this checkpoint of the run (default: the newest)")
+    chosen.add_argument("--best", action="store_true", help="the best one by the run's checkpoint.best")

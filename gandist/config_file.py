@@ -1,7 +1,7 @@
 """Reading a configuration: a YAML file and `key=value` overrides, and errors a person can read."""
 
 import difflib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import yaml
@@ -72,21 +72,25 @@ def _explain(entry: dict) -> str:
     # Parts in brackets or named like types are pydantic's names for the members of a union.
     path = ".".join(str(part) for part in entry["loc"] if part not in ("str", "number", "cosine") and "[" not in str(part))
     if entry["type"] == "extra_forbidden":
-        nearest = _nearest_key(path)
-        return f"{path}: unknown key" + (f", did you mean '{nearest}'?" if nearest else "")
+        key = _nearest_key(path)
+        return f"{path}: unknown key" + (f", did you mean '{key}'?" if key else "")
     message = entry["msg"].removeprefix("Value error, ")
     if entry["loc"][-1:] in [("str",), ("tuple[str, ...]",)]:
         message = "a text, or a list of texts, is wanted"
     if entry["type"] == "literal_error":
         expected = entry["ctx"]["expected"].replace("'", "").replace(" or ", ", ").split(", ")
-        nearest = difflib.get_close_matches(str(entry["input"]), expected, n=1)
-        message = f"{entry['input']!r} is not one of {', '.join(expected)}"
-        return f"{path}: {message}" + (f"; did you mean '{nearest[0]}'?" if nearest else "")
+        return f"{path}: {entry['input']!r} is not one of {', '.join(expected)}{nearest(str(entry['input']), expected)}"
     if entry["type"] == "model_type":
         message = f"a section is wanted here, such as {path}:, with its keys below it"
     if isinstance(entry["input"], str | int | float | None):
         message += f" (got {entry['input']!r})"
     return f"{path}: {message}" if path else message
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """What to add to an error about an unknown word."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def _nearest_key(path: str) -> str | None:

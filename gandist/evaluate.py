@@ -11,17 +11,19 @@ from PIL import Image
 
 from gandist import checkpoint
 from gandist.arguments import positive
-from gandist.config import BUILT_IN, RUN_CONFIG, Config, DataConfig, EvaluationConfig
+from gandist.config import RUN_CONFIG, Config, DataConfig, EvaluationConfig
 from gandist.config_file import load_config
 from gandist.data import Dataset, open_dataset
-from gandist.data.files import ImageFiles
+from gandist.data.collections import image_folder
+from gandist.data.files import ImageFiles, is_folder_of_files
 from gandist.distributed import World, join_world, run
-from gandist.errors import CheckpointError, ConfigError
-from gandist.evaluation.comparison import MOMENTS, Comparison, Sharing, full_float32
+from gandist.errors import ConfigError
+from gandist.evaluation.comparison import MOMENTS, Comparison, Sharing
 from gandist.evaluation.evaluator import Evaluation, Evaluator, record_values
 from gandist.evaluation.features import EXTRACTORS, open_extractor
 from gandist.evaluation.metrics import METRICS, Metric
 from gandist.evaluation.reference import RealStatistics, save_reference
+from gandist.models import full_float32
 from gandist.resolution import as_yaml, resolution_of
 from gandist.tracking import evaluation_table
 
@@ -64,7 +66,11 @@ def evaluate_run(
     """One checkpoint, by the configuration of its run with these overrides."""
     run_dir = path.parent.parent if path.parent.name == checkpoint.FOLDER else path
     config = load_config(run_dir / RUN_CONFIG, overrides)
-    chosen = _choose(path, run_dir, config, options, world)
+    chosen = None
+    with world.together():
+        if world.is_main:
+            chosen = checkpoint.choose(path, step=options.step, best_by=config.checkpoint if options.best else None)
+    chosen = world.broadcast(chosen)
     train_set = open_dataset(config.data.train, config.data, world)
     evaluator = Evaluator(config, train_set, world, show_progress=True)
     return evaluator.measure_checkpoint(chosen), train_set.class_names, str(chosen)
@@ -157,27 +163,6 @@ def _in_its_section(override: str) -> str:
     return f"evaluation.{override}" if key in EvaluationConfig.model_fields else override
 
 
-def _choose(path: Path, run_dir: Path, config: Config, options: argparse.Namespace, world: World) -> Path:
-    """A checkpoint that is whole."""
-    if path == run_dir and options.step is None and not options.best:
-        newest = checkpoint.newest(run_dir, world)
-        if newest is None:
-            raise CheckpointError(f"{run_dir} has no checkpoint yet: train it first", on_every_rank=True)
-        return newest
-    if path == run_dir and options.best:
-        path = world.broadcast(checkpoint.best(run_dir, config.checkpoint))
-        if path is None:
-            raise CheckpointError(
-                f"no checkpoint of {run_dir} has a value of checkpoint.best={config.checkpoint.best}: name a step",
-                on_every_rank=True,
-            )
-    elif path == run_dir:
-        path = checkpoint.checkpoint_path(run_dir, options.step)
-    if damage := checkpoint.verify(path, world):
-        raise CheckpointError(damage, on_every_rank=True)
-    return path
-
-
 def _image_config(spec: str, overrides: Sequence[str], world: World) -> Config:
     """One for images as they are: unlabelled, of the size of the first one, unless the overrides say otherwise."""
     said = {override.partition("=")[0] for override in overrides}
@@ -195,12 +180,10 @@ def _image_config(spec: str, overrides: Sequence[str], world: World) -> Config:
 
 
 def _open_images(spec: str, data: DataConfig, world: World) -> Dataset | ImageFiles:
-    return ImageFiles(Path(spec), data, world) if _is_folder(spec) else open_dataset(spec, data, world)
-
-
-def _is_folder(spec: str) -> bool:
-    """Of files, not of shards."""
-    return not spec.startswith(BUILT_IN) and Path(spec).is_dir() and not any(Path(spec).glob("*.tar"))
+    if not is_folder_of_files(spec):
+        return open_dataset(spec, data, world)
+    with world.together():
+        return ImageFiles(image_folder(Path(spec)), data, world)
 
 
 if __name__ == "__main__":

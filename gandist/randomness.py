@@ -18,6 +18,7 @@ class Purpose(IntEnum):
     STANDING_STATISTICS = 5
     GENERATOR_NOISE = 6
     FLIPS = 7
+    GENERATION = 8
 
 
 def random_stream(seed: int, purpose: Purpose, *key: int) -> np.random.Generator:

@@ -232,6 +232,7 @@ class Trainer:
             "metrics": self.measured,
             "world_size": self.world.size,
             "data_fingerprint": self.train_set.fingerprint,
+            "class_names": self.train_set.class_names,
             "config": self.config.model_dump(mode="json"),
             "versions": {
                 "gandist": gandist.__version__,

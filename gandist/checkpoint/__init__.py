@@ -7,21 +7,25 @@ when all of it is on the disk.
 
 from gandist.checkpoint.folder import FOLDER, checkpoint_path, complete_steps, read_meta
 from gandist.checkpoint.identity import refuse_other_run
-from gandist.checkpoint.loading import load, newest, verify
+from gandist.checkpoint.loading import AVERAGED, choose, load, newest, read, verify
 from gandist.checkpoint.retention import best
 from gandist.checkpoint.saving import Saver, save
-from gandist.checkpoint.tensors import Tensors, flatten
+from gandist.checkpoint.tensors import Tensors, flatten, nest
 
 __all__ = [
+    "AVERAGED",
     "FOLDER",
     "Saver",
     "Tensors",
     "best",
     "checkpoint_path",
+    "choose",
     "complete_steps",
     "flatten",
     "load",
+    "nest",
     "newest",
+    "read",
     "read_meta",
     "refuse_other_run",
     "save",

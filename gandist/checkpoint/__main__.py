@@ -4,12 +4,10 @@ import argparse
 import json
 import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 
 from gandist.arguments import positive
 from gandist.checkpoint.folder import (
@@ -25,14 +23,13 @@ from gandist.checkpoint.folder import (
     read_sums,
     sha256,
 )
+from gandist.checkpoint.loading import AVERAGED, read
 from gandist.checkpoint.retention import reasons_to_keep, remove
-from gandist.checkpoint.tensors import Tensors, nest
+from gandist.checkpoint.tensors import nest
 from gandist.config import RUN_CONFIG, CheckpointConfig
 from gandist.config_file import load_config
 from gandist.distributed import run
 from gandist.errors import CheckpointError
-
-AVERAGED = "generator_ema"  # what is shared of a checkpoint
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -89,9 +86,7 @@ def consolidate(options: argparse.Namespace) -> None:
     path = _chosen(options)
     if damage := find_damage(path):  # before anything of it is unpickled
         raise CheckpointError(f"{damage}: choose another one with --step")
-    state = nest(_read(path))
-    if not options.all:
-        state = state[AVERAGED]
+    state = nest(read(path)) if options.all else nest(read(path, AVERAGED))[AVERAGED]
     kind = "state" if options.all else "generator"
     output = options.output or options.run_dir / f"{kind}-{path.name}.pt"
     partial = output.with_name(output.name + ".tmp")
@@ -101,18 +96,6 @@ def consolidate(options: argparse.Namespace) -> None:
     output.with_suffix(".json").write_text(json.dumps(described, indent=2) + "\n")
     os.replace(partial, output)
     print(f"{output}\n{output.with_suffix('.json')}")
-
-
-def _read(path: Path) -> Tensors:
-    """All tensors of a verified checkpoint."""
-    metadata = dcp.FileSystemReader(path).read_metadata()
-    named = {
-        name: torch.empty(stored.size, dtype=stored.properties.dtype) for name, stored in metadata.state_dict_metadata.items()
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no process group
-        dcp.load(named, checkpoint_id=path, no_dist=True)
-    return {metadata.planner_data[name]: tensor for name, tensor in named.items()}
 
 
 def _chosen(options: argparse.Namespace) -> Path:

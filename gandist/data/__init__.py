@@ -96,6 +96,10 @@ class Dataset:
         """One image as it lies in its shard."""
         return self.shards.read([sample])[0].image
 
+    def name(self, sample: int) -> str:
+        """For people."""
+        return self.shards.name(sample)
+
     def _batches(self, batches: Batches) -> Iterator[DeviceBatch]:
         device = self._world.device
         options = {"num_workers": self._num_workers, "pin_memory": device.type == "cuda"}

@@ -47,20 +47,23 @@ class EncodedImage(NamedTuple):
 
 def encode(image: bytes | Image.Image, encoding: Encoding) -> EncodedImage:
     """A file's content, or an image without a file, as a shard is to hold it. Raises ImageError if it cannot be decoded."""
-    mode, orientation = _inspect(image) if isinstance(image, bytes) else (image.mode, 1)
+    mode, orientation = _inspect(image)
     channels = encoding.channels or (1 if mode.startswith(("1", "L", "I", "F")) and mode != "LAB" else 3)
-    if isinstance(image, bytes):
-        pixels = decode(image, channels)
-        if encoding.copies and (extension := _extension(image)):
-            return EncodedImage(image, extension, (pixels.shape[1], pixels.shape[0]), channels)
-    else:
-        pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-    pixels = _turn(pixels.reshape(*pixels.shape[:2], channels), orientation)
+    pixels = _pixels(image, channels)
+    if isinstance(image, bytes) and encoding.copies and (extension := _extension(image)):
+        return EncodedImage(image, extension, (pixels.shape[1], pixels.shape[0]), channels)
+    pixels = _turn(pixels, orientation)
     if encoding.resolution:
         pixels = fit(pixels, encoding.resolution, encoding.resize)
     encoder = encode_png if encoding.format == "png" else _encode_jpeg
     height, width = pixels.shape[:2]
     return EncodedImage(encoder(pixels[..., 0] if channels == 1 else pixels), encoding.format, (width, height), channels)
+
+
+def upright(image: bytes | Image.Image, channels: int) -> np.ndarray:
+    """The pixels of a file's content, or of an image without a file, uint8 [H, W, C], turned as its EXIF data say. Raises
+    ImageError."""
+    return _turn(_pixels(image, channels), _inspect(image)[1])
 
 
 def encode_png(image: np.ndarray) -> bytes:
@@ -81,8 +84,17 @@ def _extension(content: bytes) -> str | None:
     return next((name for name, start in _SIGNATURES.items() if re.match(start, content, re.DOTALL)), None)
 
 
-def _inspect(content: bytes) -> tuple[str, int]:
+def _pixels(image: bytes | Image.Image, channels: int) -> np.ndarray:
+    """uint8 [H, W, C]"""
+    if isinstance(image, bytes):
+        return decode(image, channels)
+    return np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(image.height, image.width, channels)
+
+
+def _inspect(content: bytes | Image.Image) -> tuple[str, int]:
     """Pillow's mode, EXIF orientation (1: upright)."""
+    if isinstance(content, Image.Image):
+        return content.mode, 1
     try:
         with Image.open(io.BytesIO(content)) as image:
             orientation = image.getexif().get(ExifTag.Orientation, 1) if _MAY_BE_ROTATED.search(content) else 1

@@ -1,4 +1,4 @@
-"""Image files in a folder, read as they are: to be measured, not to be trained on."""
+"""Image files, read as they are: to be measured or classified, not to be trained on."""
 
 import hashlib
 import os
@@ -8,30 +8,36 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gandist.config import DataConfig
-from gandist.data.collections import Samples, image_folder
-from gandist.data.decode import ImageError, ImageFormat, decode_into
+from gandist.config import BUILT_IN, DataConfig
+from gandist.data.collections import Collection, Samples
+from gandist.data.decode import ImageError, ImageFormat, decode_into, fit
 from gandist.data.device import DeviceBatch, on_device
+from gandist.data.encode import upright
 from gandist.data.index import UNLABELLED
 from gandist.data.loader import Batch, EvaluationBatches, load_batches
 from gandist.distributed import World
 from gandist.errors import DataError
 
 
-class ImageFiles:
-    """The images of a folder, of all its splits, with the classes of its directories: has what of Dataset an evaluation uses.
+def is_folder_of_files(spec: str) -> bool:
+    """Rather than of shards."""
+    return not spec.startswith(BUILT_IN) and Path(spec).is_dir() and not any(Path(spec).glob("*.tar"))
 
+
+class ImageFiles:
+    """The images of a collection, of all its splits: has what of Dataset an evaluation uses.
+
+    turned:   whether they are turned upright as their EXIF data say; to be measured they are not, as FID has no notion of it
     identity: tells these files from any others, by name, size and time
     """
 
     is_cached = False  # as loading asks of shards
 
-    def __init__(self, folder: Path, config: DataConfig, world: World):
-        with world.together():
-            found = image_folder(folder)
+    def __init__(self, found: Collection, config: DataConfig, world: World, *, turned: bool = False):
         self._splits = list(found.splits.values())
         self._ends = np.cumsum([len(split) for split in self._splits])
         self._format = ImageFormat(config.resolution, config.channels, config.resize)
+        self._turned = turned
         self._world = world
         self._num_workers = config.num_workers
         self.num_classes = config.num_classes
@@ -39,7 +45,7 @@ class ImageFiles:
         labels = np.concatenate([split.labels for split in self._splits])
         self._labels = np.where(labels < self.num_classes, labels, UNLABELLED)
         described = ""
-        for path in (split.source.name(int(index)) for split in self._splits for index in split.indices):
+        for path in map(self.name, range(len(self))):
             status = os.stat(path)
             described += f"{path} {status.st_size} {status.st_mtime_ns}\n"
         self.identity = hashlib.sha256(f"{described}{self._format}".encode()).hexdigest()[:32]
@@ -59,6 +65,11 @@ class ImageFiles:
         split, index = self._locate(sample)
         return split.source.read(index)
 
+    def name(self, sample: int) -> str:
+        """As Dataset's."""
+        split, index = self._locate(sample)
+        return split.source.name(index)
+
     def _locate(self, sample: int) -> tuple[Samples, int]:
         """The split, and the image's number in its source."""
         split = int(np.searchsorted(self._ends, sample, "right"))
@@ -69,10 +80,17 @@ class ImageFiles:
         images = np.empty((len(samples), *self._format.shape), np.uint8)
         labels = np.empty(len(samples), np.int64)
         for row, sample in enumerate(map(int, samples)):
-            split, index = self._locate(sample)
             labels[row] = self._labels[sample]
             try:
-                decode_into(images[row], split.source.read(index), self._format)
+                self._decode_into(images[row], self.encoded(sample))
             except ImageError as error:
-                raise DataError(f"{split.source.name(index)}: {error}") from error
+                raise DataError(f"{self.name(sample)}: {error}") from error
+            except OSError as error:
+                raise DataError(f"{self.name(sample)}: {error.strerror}") from error
         return Batch(torch.from_numpy(images), torch.from_numpy(labels), {})
+
+    def _decode_into(self, pixels: np.ndarray, encoded: bytes) -> None:
+        if self._turned:
+            pixels[:] = fit(upright(encoded, self._format.channels), self._format.resolution, self._format.resize)
+        else:
+            decode_into(pixels, encoded, self._format)

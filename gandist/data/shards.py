@@ -103,11 +103,14 @@ class ShardDataset:
         return [read[place] for place in places.tolist()]
 
     def describe(self, sample: int) -> str:
-        """Names a sample to a person: shard, key, byte offset."""
-        shard, row = map(int, self._locate(sample))
-        opened = self._open(shard)
-        offset = int(opened.table[row, OFFSET])
-        return f"{self.shards[shard]}: sample '{key_at(opened.file, offset)}' (byte {offset})"
+        """Names a sample in an error: shard, key, byte offset."""
+        shard, key, offset = self._key(sample)
+        return f"{shard}: sample '{key}' (byte {offset})"
+
+    def name(self, sample: int) -> str:
+        """SHARD/KEY"""
+        shard, key, _ = self._key(sample)
+        return f"{shard}/{key}"
 
     def after(self, sample: int) -> Iterator[int]:
         """The other samples of the same shard, in order from this one on, and around."""
@@ -119,6 +122,13 @@ class ShardDataset:
         """The shard of each sample and its row there, int64 of the same shape."""
         shards = np.searchsorted(self._ends, samples, "right")
         return shards, samples - self._starts[shards]
+
+    def _key(self, sample: int) -> tuple[Shard, str, int]:
+        """The shard, the key and the byte offset of a sample."""
+        shard, row = map(int, self._locate(sample))
+        opened = self._open(shard)
+        offset = int(opened.table[row, OFFSET])
+        return self.shards[shard], key_at(opened.file, offset), offset
 
     def _read(self, shard: int, row: int) -> RawSample:
         opened = self._open(shard)

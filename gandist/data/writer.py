@@ -13,10 +13,10 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +32,7 @@ from gandist.data.decode import ImageError
 from gandist.data.encode import Encoding, encode
 from gandist.data.index import UNLABELLED
 from gandist.data.order import permutation
+from gandist.distributed import World
 from gandist.errors import DataError
 from gandist.resolution import resolution_of
 
@@ -89,11 +90,11 @@ def write_shards(
 
     Raises FolderExists, and DataError naming the images that cannot be used, or if something else was begun there.
     """
-    partial = folder.with_name(f"{folder.name}.partial")
+    partial = _partial(folder)
     with _only_process(folder, partial):
         _check_plan(partial, _digest(name, classes, shards, encoding))
         job = _Job(shards, encoding, partial, _shared_zeros(len(shards)), _shared_zeros(1))
-        failures = _write_missing(job, workers)
+        failures = _write_missing(job, range(len(shards)), workers)
         if failures:
             named = "\n".join(f"  {failure}" for failure in failures[:_NAMED_FAILURES])
             more = f"\n  and {len(failures) - _NAMED_FAILURES} more" if len(failures) > _NAMED_FAILURES else ""
@@ -101,10 +102,37 @@ def write_shards(
                 f"{len(failures)} image(s) cannot be packed: put whole ones in their place and run the same command again, "
                 f"or leave them out and remove {partial} first\n{named}{more}"
             )
-        info = _describe(name, classes, shards, [_read_record(partial, shard) for shard in shards], encoding)
-        (partial / "shards" / "_info.json").write_text(json.dumps(info, indent=2) + "\n")
-        (partial / "shards").rename(folder)
-        shutil.rmtree(partial, ignore_errors=True)
+        return _finish(folder, name, classes, shards, encoding)
+
+
+def write_shards_on_all_ranks(
+    folder: Path, name: str, classes: list[str] | None, shards: Sequence[ShardPlan], encoding: Encoding, world: World
+) -> None:
+    """As `write_shards`, each rank its share of the shards: of images that are there on any of them, and cannot fail."""
+    with ExitStack() as alone:
+        with world.together():
+            if world.is_main:
+                alone.enter_context(_only_process(folder, _partial(folder)))
+                _check_plan(_partial(folder), _digest(name, classes, shards, encoding))
+        with world.together():
+            job = _Job(shards, encoding, _partial(folder), _shared_zeros(len(shards)), _shared_zeros(1))
+            _write_missing(job, range(world.rank, len(shards), world.size), workers=0)
+        with world.together():
+            if world.is_main:
+                _finish(folder, name, classes, shards, encoding)
+
+
+def _partial(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.partial")
+
+
+def _finish(folder: Path, name: str, classes: list[str] | None, shards: Sequence[ShardPlan], encoding: Encoding) -> dict:
+    """All shards are written: the folder appears. Returns `_info.json`."""
+    partial = _partial(folder)
+    info = _describe(name, classes, shards, [_read_record(partial, shard) for shard in shards], encoding)
+    (partial / "shards" / "_info.json").write_text(json.dumps(info, indent=2) + "\n")
+    (partial / "shards").rename(folder)
+    shutil.rmtree(partial, ignore_errors=True)
     return info
 
 
@@ -180,12 +208,12 @@ def _read_record(partial: Path, shard: ShardPlan) -> dict | None:
         return None
 
 
-def _write_missing(job: _Job, workers: int) -> list[str]:
-    """Writes the shards that are not done yet; returns what is wrong with which images."""
+def _write_missing(job: _Job, numbers: Iterable[int], workers: int) -> list[str]:
+    """Writes those of the shards of these numbers that are not done yet; returns what is wrong with which images."""
     missing = []
-    for number, shard in enumerate(job.shards):
-        if _read_record(job.partial, shard):
-            job.progress[number] = len(shard.samples)
+    for number in numbers:
+        if _read_record(job.partial, job.shards[number]):
+            job.progress[number] = len(job.shards[number].samples)
         else:
             missing.append(number)
     if not missing or not workers:

@@ -2,10 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import TypeVar
 
-import torch
 from tqdm import tqdm
 
 from gandist.config import Config
@@ -137,15 +135,3 @@ class Comparison:
                 flush=True,
             )
         self._warned.add(name)
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """No TF32: its rounding would depend on the device."""
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = matmul.allow_tf32, cudnn.allow_tf32
-    matmul.allow_tf32 = cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        matmul.allow_tf32, cudnn.allow_tf32 = before

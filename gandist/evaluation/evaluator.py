@@ -16,10 +16,10 @@ from gandist.distributed import World
 from gandist.errors import ConfigError
 from gandist.evaluation.cas import classification_accuracy_score
 from gandist.evaluation.classification import Classification, ClassificationReport
-from gandist.evaluation.comparison import Comparison, Sharing, full_float32
+from gandist.evaluation.comparison import Comparison, Sharing
 from gandist.evaluation.metrics import Metric, Value
 from gandist.evaluation.sampling import FakeImages
-from gandist.models import build_discriminator, build_generator, evaluating
+from gandist.models import build_discriminator, build_generator, evaluating, full_float32
 
 HELD_OUT = "eval/fd_classifier_held_out"
 

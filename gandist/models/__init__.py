@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from gandist.config import DataConfig, ModelConfig
@@ -35,6 +36,7 @@ __all__ = [
     "build_discriminator",
     "build_generator",
     "evaluating",
+    "full_float32",
     "recompute_activations",
     "truncates",
     "truncating",
@@ -95,6 +97,18 @@ def evaluating(network: nn.Module) -> Iterator[None]:
         yield
     finally:
         network.train(training)
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """No TF32: its rounding would depend on the device."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32 = cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def truncates(generator: nn.Module) -> bool:

@@ -260,3 +260,7 @@ class Discriminator(nn.Module):
         features = self.trunk(images)
         logits, class_logits, evidence = self.head(features, labels)
         return DiscriminatorOutput(logits, class_logits, features, evidence)
+
+    def classify(self, images: torch.Tensor) -> torch.Tensor:
+        """images [B, C, H, W] in [-1, 1] → class_logits [B, K]"""
+        return self.head.classify(self.trunk(images))

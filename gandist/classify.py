@@ -1,0 +1,181 @@
+"""Names the classes of images: `python -m gandist.classify RUN IMAGES…`."""
+
+import argparse
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from gandist.arguments import add_checkpoint, positive
+from gandist.config import DataConfig
+from gandist.data import Dataset, open_dataset
+from gandist.data.collections import Collection, Files, Samples, image_folder
+from gandist.data.files import ImageFiles, is_folder_of_files
+from gandist.data.index import UNLABELLED
+from gandist.distributed import World, join_world, run
+from gandist.errors import ConfigError, DataError
+from gandist.evaluation.classification import Classification
+from gandist.evaluation.evaluator import Evaluation, Record
+from gandist.tracking import evaluation_table
+from gandist.trained import BATCH_SIZE, TrainedGAN, load, shortened
+
+EXAMPLES = """\
+examples:
+  python -m gandist.classify runs/digits scan.png photos/
+      files, and folders of files; in a folder with a directory a class, how many are recognized is told as well
+  python -m gandist.classify runs/digits digits:test --top 3 --output predictions.csv
+      shards: a folder, a glob, braces, an address, or the built-in digits
+"""
+WRITERS = (".csv", ".json")
+
+
+class Prediction(NamedTuple):
+    """ranking: the likeliest classes with their probabilities; label: None where none is known"""
+
+    name: str
+    label: str | None
+    ranking: list[tuple[str, float]]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = _parse(arguments)
+    with join_world() as world:
+        if world.size > 1:
+            raise ConfigError("images are classified by one process: start it with python, not with torchrun")
+        gan = load(options.run, step=options.step, best=options.best)
+        predictions, evaluation = classify(gan, options.images, world, top=options.top)
+    if options.output is None:
+        print(_table(predictions))
+    else:
+        write = _write_csv if options.output.suffix == ".csv" else _write_json
+        write(options.output, predictions)
+        print(f"{options.output}: {len(predictions):,} images")
+    if evaluation:
+        print(evaluation_table(evaluation, gan.class_names))
+
+
+def classify(
+    gan: TrainedGAN, images: Sequence[str], world: World, *, top: int = 1
+) -> tuple[list[Prediction], Evaluation | None]:
+    """Of files, folders and shards; and how right they are, where there are labels. Raises ConfigError, DataError."""
+    if not gan.class_names:
+        raise ConfigError("this model was trained without classes: there is nothing to tell apart")
+    verdicts = Classification(len(gan.class_names), world)
+    predictions, labelled = [], 0
+    for images_of_one in _open_all(images, gan, world):
+        names = map(images_of_one.name, range(len(images_of_one)))
+        for batch, labels, _ in images_of_one.evaluation_batches(BATCH_SIZE):
+            probabilities = gan.classify(batch)
+            verdicts.update(probabilities, labels)
+            labelled += int((labels != UNLABELLED).sum())
+            values, classes = (each.tolist() for each in probabilities.topk(min(top, probabilities.size(1))))
+            for label, likeliest, probable in zip(labels.tolist(), classes, values, strict=True):
+                ranking = [(gan.class_names[number], value) for number, value in zip(likeliest, probable, strict=True)]
+                predictions.append(Prediction(next(names), None if label == UNLABELLED else gan.class_names[label], ranking))
+    return predictions, _evaluate(verdicts, labelled) if labelled else None
+
+
+def _evaluate(verdicts: Classification, labelled: int) -> Evaluation:
+    report = verdicts.report()
+    values = {"top1": report.top1, "top5": report.top5, "balanced_accuracy": report.balanced_accuracy}
+    records = [Record(f"classification/{name}", value, n_real=labelled) for name, value in values.items() if value is not None]
+    return Evaluation(records, report)
+
+
+def _open_all(images: Sequence[str], gan: TrainedGAN, world: World) -> Iterator[Dataset | ImageFiles]:
+    """In their order, but all files that are named one by one first."""
+    fitted = "center-crop" if gan.data.resize == "none" else gan.data.resize
+    changed = {"resize": fitted, "unlabelled": "allow", "in_memory": 0, "shuffle_block": 0}
+    data = DataConfig.model_validate(gan.data.model_dump() | changed)
+    files = [name for name in images if Path(name).is_file() and not name.endswith(".tar")]
+    if files:
+        samples = Samples(Files(Path(), files), np.arange(len(files)), np.full(len(files), UNLABELLED))
+        yield ImageFiles(Collection({"train": samples}, None), data, world, turned=True)
+    for spec in images:
+        if is_folder_of_files(spec):
+            yield ImageFiles(_numbered(image_folder(Path(spec)), spec, gan), data, world, turned=True)
+        elif spec not in files:
+            yield _open_shards(spec, data, gan, world)
+
+
+def _numbered(found: Collection, folder: str, gan: TrainedGAN) -> Collection:
+    """With the numbers that the classes have in the model, in place of those of the folder's own."""
+    if found.classes is None:
+        return found
+    try:
+        numbers = np.array([gan.class_number(name) for name in found.classes])
+    except ConfigError as error:
+        raise DataError(f"{folder} has a directory that is not named like a class of the model: {error}") from error
+    splits = {name: Samples(each.source, each.indices, _renumber(each.labels, numbers)) for name, each in found.splits.items()}
+    return Collection(splits, gan.class_names)
+
+
+def _renumber(labels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    return np.where(labels == UNLABELLED, UNLABELLED, numbers[labels])
+
+
+def _open_shards(spec: str, data: DataConfig, gan: TrainedGAN, world: World) -> Dataset:
+    if "*" not in spec and "{" not in spec and ":" not in spec and not Path(spec).exists():
+        raise DataError(f"{spec}: no such file or folder")
+    dataset = open_dataset(spec, data, world)
+    numbered = [str(number) for number in range(len(dataset.class_names))]
+    if dataset.class_names not in (gan.class_names, numbered):
+        raise DataError(
+            f"{spec} has the classes {shortened(dataset.class_names)}, and the model {shortened(gan.class_names)}: their "
+            "numbers do not mean the same"
+        )
+    return dataset
+
+
+def _table(predictions: Sequence[Prediction]) -> str:
+    labelled = any(prediction.label is not None for prediction in predictions)
+    rows = [("image", *(("label",) if labelled else ()), "class", "probability")]
+    for name, label, ranking in predictions:
+        (first, probability), *others = ranking
+        more = "  ".join(f"{other} {value:.4f}" for other, value in others)
+        rows.append((name, *((label or "-",) if labelled else ()), first, f"{probability:.4f}  {more}".rstrip()))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _write_csv(path: Path, predictions: Sequence[Prediction]) -> None:
+    ranks = range(1, len(predictions[0].ranking) + 1)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "label", *chain.from_iterable((f"class_{n}", f"probability_{n}") for n in ranks)])
+        for name, label, ranking in predictions:
+            writer.writerow([name, label, *chain.from_iterable(ranking)])
+
+
+def _write_json(path: Path, predictions: Sequence[Prediction]) -> None:
+    rows = [
+        {"image": name, "label": label, "classes": [{"class": each, "probability": value} for each, value in ranking]}
+        for name, label, ranking in predictions
+    ]
+    path.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m gandist.classify",
+        description="Name the classes of images with a run's discriminator, and where they have labels, tell how right it is. "
+        "Images of any size are turned upright, cropped and scaled as the model wants them.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_checkpoint(parser)
+    parser.add_argument("images", nargs="+", metavar="IMAGES", help="files, folders of files, or shards")
+    parser.add_argument("--top", type=positive, default=1, metavar="K", help="the K likeliest classes (default: %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="a .csv or .json file, in place of a table on the console")
+    options = parser.parse_args(arguments)
+    if options.output and options.output.suffix not in WRITERS:
+        parser.error(f"--output {options.output}: name a file that ends in {' or '.join(WRITERS)}")
+    return options
+
+
+if __name__ == "__main__":
+    run(main)

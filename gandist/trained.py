@@ -1,0 +1,232 @@
+"""A trained GAN, to be used: `gandist.load(PATH)`."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+
+from gandist import checkpoint
+from gandist.config import RUN_CONFIG, Config, DataConfig, ModelConfig
+from gandist.config_file import load_config, nearest
+from gandist.data import normalize, to_uint8
+from gandist.data.decode import ImageError, fit
+from gandist.data.encode import upright
+from gandist.errors import CheckpointError, ConfigError, DataError
+from gandist.models import Discriminator, build_discriminator, build_generator, full_float32, truncates, truncating
+from gandist.randomness import Purpose, draw_latents, random_stream
+from gandist.resolution import size_of
+
+DESCRIPTION = "gandist.json"  # of an exported folder, beside the networks' files
+NETWORKS = ("generator", "discriminator")
+FORMAT = 1  # of an exported folder
+BATCH_SIZE = 256  # images in one pass
+IMAGE_KEYS = {"resolution", "channels", "num_classes", "resize"}  # of DataConfig: what the networks are built for
+
+Picture = Path | str | bytes | Image.Image
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedGAN:
+    """Both networks of a run, in evaluation mode and float32, on one device.
+
+    generator:     the averaged one: latents [B, Z], labels int64 [B] → images [B, C, H, W] in [-1, 1]
+    discriminator: images [B, C, H, W] in [-1, 1], labels int64 [B] → DiscriminatorOutput
+    class_names:   [K]
+    origin:        "checkpoint", "step", "kimg" and "metrics", what was measured of it
+    """
+
+    generator: nn.Module
+    discriminator: Discriminator
+    model: ModelConfig
+    data: DataConfig
+    class_names: list[str]
+    origin: dict[str, Any]
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.generator.parameters()).device
+
+    def class_number(self, name: str | int) -> int:
+        """Of a class by its name, or by its number. Raises ConfigError."""
+        if str(name) in self.class_names:
+            return self.class_names.index(str(name))
+        if str(name).isdecimal() and int(name) < len(self.class_names):
+            return int(name)
+        if not self.class_names:
+            raise ConfigError(f"no class {name!r}: this model was trained without classes")
+        raise ConfigError(f"no class {name!r}: there are {shortened(self.class_names)}{nearest(str(name), self.class_names)}")
+
+    @torch.no_grad()
+    def generate(
+        self,
+        images: int | Sequence[int],
+        classes: Sequence[str | int] = (),
+        *,
+        seed: int = 0,
+        truncation: float | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 [N, C, H, W] and labels int64 [N], −1 without classes, on the CPU.
+
+        images:     how many, or their numbers: image n is a function of the seed, n and the classes
+        classes:    which take turns, by name or number; none: all of them
+        truncation: as `evaluation.truncation`
+        """
+        numbers = np.arange(images) if isinstance(images, int) else np.asarray(images)
+        labels = self._labels(numbers, classes)
+        parts = [
+            self._synthesize(self._latents(some.tolist(), seed, truncation), labels_of_some, truncation)
+            for some, labels_of_some in zip(torch.from_numpy(numbers).split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True)
+        ]
+        return torch.cat(parts), labels
+
+    @torch.no_grad()
+    def interpolate(
+        self,
+        paths: int,
+        steps: int,
+        classes: Sequence[str | int] = (),
+        *,
+        seed: int = 0,
+        truncation: float | None = None,
+    ) -> torch.Tensor:
+        """uint8 [paths · steps, C, H, W]: each path leads in so many images from one latent to another of the same class, along
+        a great circle, where normal latents are as probable as at its ends (White 2016, 1609.04468)."""
+        ends = self._latents(range(2 * paths), seed, truncation).view(paths, 2, -1)
+        latents = slerp(ends[:, :1], ends[:, 1:], torch.linspace(0, 1, steps)[None, :, None])
+        labels = self._labels(np.arange(paths), classes).repeat_interleave(steps)
+        batches = zip(latents.flatten(0, 1).split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True)
+        return torch.cat([self._synthesize(some, labels, truncation) for some, labels in batches])
+
+    @torch.no_grad()
+    def classify(self, images: torch.Tensor | Sequence[Picture]) -> torch.Tensor:
+        """Probabilities of the classes, float32 [B, K], on the CPU; images: as `read` takes them, or uint8 [B, C, H, W].
+
+        Raises ConfigError for a model without classes and images of another shape, DataError for files that cannot be read.
+        """
+        if not self.class_names:
+            raise ConfigError("this model was trained without classes: there is nothing to tell apart")
+        if not isinstance(images, torch.Tensor):
+            images = torch.stack([self.read(image) for image in images])
+        self.check(images)
+        with full_float32():
+            parts = [
+                self.discriminator.classify(normalize(some.to(self.device), torch.float32)).softmax(1).cpu()
+                for some in images.split(BATCH_SIZE)
+            ]
+        return torch.cat(parts)
+
+    def read(self, image: Picture) -> torch.Tensor:
+        """An image of any size, by its path, its file's content or as Pillow has it → uint8 [C, H, W], as the networks know
+        them: turned upright, grey or RGB, cropped and scaled to their size as `data.resize` says, which in place of `none`
+        crops to the center. Raises DataError."""
+        content = image
+        try:
+            if isinstance(image, Path | str):
+                content = Path(image).read_bytes()
+            resize = "center-crop" if self.data.resize == "none" else self.data.resize
+            pixels = fit(upright(content, self.data.channels), self.data.resolution, resize)
+        except (ImageError, OSError) as error:
+            where = f"{image}: " if isinstance(image, Path | str) else ""
+            raise DataError(f"{where}{error.strerror if isinstance(error, OSError) else error}") from error
+        return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+
+    def check(self, images: torch.Tensor) -> None:
+        """Raises ConfigError unless these are uint8 [B, C, H, W] of the model's own C, H and W."""
+        wanted = (self.data.channels, *size_of(self.data.resolution))
+        if images.dtype != torch.uint8 or images.shape[1:] != wanted:
+            raise ConfigError(
+                f"the model takes uint8 images [B, {', '.join(map(str, wanted))}], not "
+                f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}: `read` makes them of files of any size"
+            )
+
+    def _labels(self, numbers: np.ndarray, classes: Sequence[str | int]) -> torch.Tensor:
+        """Of images of these numbers, int64 [N]: the classes in turn."""
+        chosen = [self.class_number(name) for name in classes] or range(self.data.num_classes) or [-1]
+        return torch.tensor(chosen)[numbers % len(chosen)]
+
+    def _latents(self, numbers: Sequence[int], seed: int, truncation: float | None) -> torch.Tensor:
+        """float32 [N, Z]"""
+        bound = None if truncates(self.generator) else truncation
+        streams = (random_stream(seed, Purpose.GENERATION, number) for number in numbers)
+        return torch.cat([draw_latents(stream, 1, self.model.latent_dim, bound) for stream in streams])
+
+    def _synthesize(self, latents: torch.Tensor, labels: torch.Tensor, truncation: float | None) -> torch.Tensor:
+        """uint8 [B, C, H, W]"""
+        with full_float32(), truncating(self.generator, truncation):
+            return to_uint8(self.generator(latents.to(self.device), labels.to(self.device))).cpu()
+
+
+def load(
+    path: Path | str, *, step: int | None = None, best: bool = False, device: torch.device | str | None = None
+) -> TrainedGAN:
+    """The networks of a run's newest checkpoint, of the one of `step`, or of the best by the run's checkpoint.best; of a
+    checkpoint's folder; or of a folder that `python -m gandist.export` wrote, of which no code is run and nothing unpickled.
+
+    device: a GPU where there is one, else the CPU
+    Raises CheckpointError where there is none of these, or it is damaged.
+    """
+    path = Path(path)
+    exported = (path / DESCRIPTION).exists()
+    if exported and (best or step is not None):
+        raise ConfigError(f"{path} was exported from one checkpoint: there is no other to choose")
+    loaded = _load_exported(path) if exported else _load_checkpoint(path, step, best)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    for network in (loaded.generator, loaded.discriminator):
+        network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return loaded
+
+
+def slerp(start: torch.Tensor, end: torch.Tensor, share: torch.Tensor) -> torch.Tensor:
+    """Spherical interpolation of latents [..., Z]: start where share [..., 1] is 0, end where it is 1."""
+    cosine = nn.functional.cosine_similarity(start, end, dim=-1)[..., None].clamp(-1 + 1e-6, 1 - 1e-6)
+    angle = cosine.acos()
+    return (((1 - share) * angle).sin() * start + (share * angle).sin() * end) / angle.sin()
+
+
+def _load_checkpoint(path: Path, step: int | None, best: bool) -> TrainedGAN:
+    best_by = load_config(path / RUN_CONFIG).checkpoint if best else None
+    chosen = checkpoint.choose(path, step=step, best_by=best_by)
+    meta = checkpoint.read_meta(chosen)
+    config = Config.model_validate(meta["config"])
+    names = meta.get("class_names") or [str(number) for number in range(config.data.num_classes)]
+    origin = {"checkpoint": str(chosen)} | {key: meta[key] for key in ("step", "kimg", "metrics")}
+    state = checkpoint.nest(checkpoint.read(chosen, checkpoint.AVERAGED, "discriminator"))
+    weights = {"generator": state[checkpoint.AVERAGED], "discriminator": state["discriminator"]["network"]}
+    return _build(path, config.model, config.data, names, origin, weights)
+
+
+def _load_exported(path: Path) -> TrainedGAN:
+    try:
+        described = json.loads((path / DESCRIPTION).read_text())
+        if described["format"] != FORMAT:
+            raise CheckpointError(f"{path} was exported by another version of gandist (format {described['format']})")
+        model, data = ModelConfig.model_validate(described["model"]), DataConfig.model_validate(described["data"])
+        weights = {name: load_file(path / f"{name}.safetensors") for name in NETWORKS}
+        return _build(path, model, data, described["class_names"], described["origin"], weights)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{path} is not whole: {' '.join(str(error).split())}") from error
+
+
+def _build(
+    path: Path, model: ModelConfig, data: DataConfig, names: list[str], origin: dict, weights: dict[str, dict]
+) -> TrainedGAN:
+    with torch.device("cpu"):
+        networks = {"generator": build_generator(model, data), "discriminator": build_discriminator(model, data)}
+    try:
+        for name, network in networks.items():
+            network.load_state_dict(weights[name])
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit its own configuration: {' '.join(str(error).split())}") from error
+    return TrainedGAN(**networks, model=model, data=data, class_names=names, origin=origin)
+
+
+def shortened(names: Sequence[str]) -> str:
+    """A list of classes for an error."""
+    return ", ".join(names) if len(names) <= 20 else f"{', '.join(names[:20])} and {len(names) - 20} more"
