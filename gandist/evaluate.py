@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             measure_reference(*_two(options.subject, "IMAGES FILE.npz"), options.extractor, overrides, world)
             return
         else:
-            evaluation, names, about = evaluate_run(Path(options.subject[0]), options, overrides, world)
+            chosen = {"step": options.step, "best": options.best}
+            evaluation, names, about = evaluate_run(Path(options.subject[0]), overrides, world, **chosen)
         if world.is_main:
             print(f"{about}\n{evaluation_table(evaluation, names)}")
             if options.json:
@@ -61,15 +62,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def evaluate_run(
-    path: Path, options: argparse.Namespace, overrides: Sequence[str], world: World
+    path: Path, overrides: Sequence[str], world: World, *, step: int | None, best: bool
 ) -> tuple[Evaluation, list[str], str]:
-    """One checkpoint, by the configuration of its run with these overrides."""
+    """One checkpoint, by the configuration of its run with these overrides; the names of its classes; and which one it is."""
     run_dir = path.parent.parent if path.parent.name == checkpoint.FOLDER else path
     config = load_config(run_dir / RUN_CONFIG, overrides)
     chosen = None
     with world.together():
         if world.is_main:
-            chosen = checkpoint.choose(path, step=options.step, best_by=config.checkpoint if options.best else None)
+            chosen = checkpoint.choose(path, step=step, best_by=config.checkpoint if best else None)
     chosen = world.broadcast(chosen)
     train_set = open_dataset(config.data.train, config.data, world)
     evaluator = Evaluator(config, train_set, world, show_progress=True)

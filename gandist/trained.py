@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -29,6 +30,8 @@ FORMAT = 1  # of an exported folder
 BATCH_SIZE = 256  # images in one pass
 IMAGE_KEYS = {"resolution", "channels", "num_classes", "resize"}  # of DataConfig: what the networks are built for
 
+ORIGIN = ("step", "kimg", "metrics", "config", "versions")  # of a checkpoint's meta.json
+
 Picture = Path | str | bytes | Image.Image
 
 
@@ -39,7 +42,7 @@ class TrainedGAN:
     generator:     the averaged one: latents [B, Z], labels int64 [B] → images [B, C, H, W] in [-1, 1]
     discriminator: images [B, C, H, W] in [-1, 1], labels int64 [B] → DiscriminatorOutput
     class_names:   [K]
-    origin:        "checkpoint", "step", "kimg" and "metrics", what was measured of it
+    origin:        where it is from: "checkpoint", "step", "kimg", "metrics", "config", "versions"
     """
 
     generator: nn.Module
@@ -196,7 +199,7 @@ def _load_checkpoint(path: Path, step: int | None, best: bool) -> TrainedGAN:
     meta = checkpoint.read_meta(chosen)
     config = Config.model_validate(meta["config"])
     names = meta.get("class_names") or [str(number) for number in range(config.data.num_classes)]
-    origin = {"checkpoint": str(chosen)} | {key: meta[key] for key in ("step", "kimg", "metrics")}
+    origin = {"checkpoint": str(chosen)} | {key: meta[key] for key in ORIGIN}
     state = checkpoint.nest(checkpoint.read(chosen, checkpoint.AVERAGED, "discriminator"))
     weights = {"generator": state[checkpoint.AVERAGED], "discriminator": state["discriminator"]["network"]}
     return _build(path, config.model, config.data, names, origin, weights)
@@ -210,7 +213,7 @@ def _load_exported(path: Path) -> TrainedGAN:
         model, data = ModelConfig.model_validate(described["model"]), DataConfig.model_validate(described["data"])
         weights = {name: load_file(path / f"{name}.safetensors") for name in NETWORKS}
         return _build(path, model, data, described["class_names"], described["origin"], weights)
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{path} is not whole: {' '.join(str(error).split())}") from error
 
 

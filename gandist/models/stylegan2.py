@@ -217,7 +217,7 @@ class StyleGAN2Generator(nn.Module):
 
     def synthesize(self, ws: torch.Tensor, latents: torch.Tensor) -> torch.Tensor:
         """ws [B, L, Z], latents [B, Z], which the noise comes from → images [B, C, H, W]"""
-        x = self.conv(self.constant.expand(len(ws), -1, -1, -1), ws[:, 0], latents)
+        x = self.conv(self.constant.expand(ws.size(0), -1, -1, -1), ws[:, 0], latents)
         image = self.to_image(x, ws[:, 1])
         for stage, block in enumerate(self.blocks):
             x, image = block(x, image, ws[:, 2 * stage + 1 : 2 * stage + 4], latents)
@@ -269,7 +269,7 @@ class MinibatchStandardDeviation(nn.Module):
             track(self.running_std, std.mean(), STD_MOMENTUM)
             std = std.repeat(self.group_size)
         else:
-            std = self.running_std.expand(len(x))
+            std = self.running_std.expand(x.size(0))
         return torch.cat([x, _as_map(std[:, None], x).expand(-1, -1, *x.shape[2:])], 1)
 
     def _of_groups(self, x: torch.Tensor) -> torch.Tensor:
