@@ -122,10 +122,9 @@ def _open_shards(spec: str, data: DataConfig, gan: TrainedGAN, world: World) -> 
     if "*" not in spec and "{" not in spec and ":" not in spec and not Path(spec).exists():
         raise DataError(f"{spec}: no such file or folder")
     dataset = open_dataset(spec, data, world)
-    numbered = [str(number) for number in range(len(dataset.class_names))]
-    if dataset.class_names not in (gan.class_names, numbered):
+    if dataset.declared_classes not in ([], gan.class_names):
         raise DataError(
-            f"{spec} has the classes {shortened(dataset.class_names)}, and the model {shortened(gan.class_names)}: their "
+            f"{spec} has the classes {shortened(dataset.declared_classes)}, and the model {shortened(gan.class_names)}: their "
             "numbers do not mean the same"
         )
     return dataset

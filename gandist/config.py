@@ -243,6 +243,8 @@ class TrainConfig(Section):
     precision: Literal["auto", "float64", "float32", "tf32", "bfloat16", "float16"] = "auto"  # bfloat16 on GPUs that have it
     compile: Literal["auto"] | bool = "auto"  # whether torch.compile makes the steps; auto: on GPUs
     activation_checkpointing: bool = False  # saves memory: activations are computed again in the backward pass
+    init_from: ExpandedPath | None = None  # a run, a checkpoint or an exported folder, whose weights a new run starts from
+    freeze_d: Annotated[Integer, Field(ge=0)] = 0  # parts of the discriminator, from the image on, that keep their weights
     non_finite: Literal["stop", "skip"] = "stop"  # at an update whose gradient is not finite
     deterministic: bool = False  # the same command gives the same bits again, at some cost in speed
     profile: Annotated[Integer, Field(ge=0)] = 0  # steps of which rank 0 writes a trace and a summary; 0: none

@@ -81,7 +81,7 @@ def export(gan: TrainedGAN, folder: Path, *, onnx: bool = False, torch_export: b
         (partial / DESCRIPTION).write_text(json.dumps(_describe(gan), indent=2) + "\n")
         (partial / "README.md").write_text(model_card(gan, folder.name, license))
         for (name, graph), (_, again) in zip(_graphs(gan).items(), _graphs(load(partial, device="cpu")).items(), strict=True):
-            _check_equal(f"{name}.safetensors", graph, again.network, tolerance=0)
+            _check_equal(f"{name}.safetensors", graph, again.network)
             if torch_export or onnx:
                 _export_graph(gan, graph, name, partial, onnx=onnx, torch_export=torch_export)
         partial.rename(folder)
@@ -178,11 +178,11 @@ def _export_graph(gan: TrainedGAN, graph: Graph, name: str, folder: Path, *, onn
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "No complete tensor found")  # of weights that share memory; on a CPU it is well
             torch.export.save(program, path)
-        _check_equal(path.name, graph, torch.export.load(path).module(), tolerance=TOLERANCE)
+        _check_equal(path.name, graph, torch.export.load(path).module())
     if onnx:
         path = folder / f"{name}.onnx"
         _write_onnx(gan, program, [*inputs], graph.outputs, path)
-        _check_equal(path.name, graph, _onnx_session(path), tolerance=TOLERANCE)
+        _check_equal(path.name, graph, _onnx_session(path))
 
 
 def _write_onnx(
@@ -218,13 +218,13 @@ def _onnx_session(path: Path) -> Callable[..., tuple[torch.Tensor, ...]]:
 
 
 @torch.no_grad()
-def _check_equal(what: str, graph: Graph, other: Callable, *, tolerance: float) -> None:
+def _check_equal(what: str, graph: Graph, other: Callable) -> None:
     """Raises GandistError."""
     for count in BATCHES:
         inputs = graph.inputs(count)
         expected, found = (_as_tuple(network(**inputs)) for network in (graph.network, other))
         for wanted, got in zip(expected, found, strict=True):
-            if not torch.allclose(wanted, got, rtol=tolerance, atol=tolerance):
+            if not torch.allclose(wanted, got, rtol=TOLERANCE, atol=TOLERANCE):
                 worst = (wanted - got).abs().max()
                 raise GandistError(f"{what} does not give the network's own results: they differ by up to {worst:.2g}")
 

@@ -74,6 +74,8 @@ def train(config: Config, world: World, *, fresh: bool = False, accepted: Sequen
             run_dir.mkdir(parents=True, exist_ok=True)
     resumed = trainer.resume(accepted)
     say = print if world.is_main else lambda text: None
+    if resumed is None and config.train.init_from:
+        say(trainer.start_from(config.train.init_from))
     if trainer.finished:
         say(f"{run_dir} is finished: {trainer.images / 1000:g} kimg; train.kimg={config.train.kimg * 2:g} trains it further")
         return trainer.finished, trainer.step

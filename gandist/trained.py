@@ -1,7 +1,7 @@
 """A trained GAN, to be used: `gandist.load(PATH)`."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ DESCRIPTION = "gandist.json"  # of an exported folder, beside the networks' file
 NETWORKS = ("generator", "discriminator")
 FORMAT = 1  # of an exported folder
 BATCH_SIZE = 256  # images in one pass
+NAMED = 8  # tensors in a report
 IMAGE_KEYS = {"resolution", "channels", "num_classes", "resize"}  # of DataConfig: what the networks are built for
 
 ORIGIN = ("step", "kimg", "metrics", "config", "versions")  # of a checkpoint's meta.json
@@ -184,6 +185,27 @@ def load(
     for network in (loaded.generator, loaded.discriminator):
         network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     return loaded
+
+
+@torch.no_grad()
+def take_over(what: str, source: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> str:
+    """Copies into a network's live tensors what fits of another's, by name and shape; returns what was taken and what was not.
+
+    Raises ConfigError if nothing fits.
+    """
+    fitting = [key for key, tensor in target.items() if key in source and source[key].shape == tensor.shape]
+    if not fitting:
+        raise ConfigError(f"nothing of the {what} fits: its family or its size is another one")
+    for key in fitting:
+        target[key].copy_(source[key])
+    left = [
+        f"{key} {list(tensor.shape)}, there {list(source[key].shape) if key in source else 'absent'}"
+        for key, tensor in target.items()
+        if key not in fitting
+    ]
+    more = f" and {len(left) - NAMED} more" if len(left) > NAMED else ""
+    kept = f"; left as drawn: {'; '.join(left[:NAMED])}{more}" if left else ""
+    return f"the {what}: {len(fitting)} of {len(target)} tensors{kept}"
 
 
 def slerp(start: torch.Tensor, end: torch.Tensor, share: torch.Tensor) -> torch.Tensor:

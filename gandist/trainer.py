@@ -22,7 +22,8 @@ from gandist.environment import describe_start
 from gandist.errors import ConfigError, DataError, TrainingError
 from gandist.evaluation.evaluator import Evaluator
 from gandist.flops import count_run, peak_flops
-from gandist.models import build_discriminator, build_generator, recompute_activations
+from gandist.models import build_discriminator, build_generator, freeze, recompute_activations
+from gandist.models.spectral_norm import FIRST_ITERATIONS, power_iteration
 from gandist.objective import DiscriminatorObjective, GeneratorObjective
 from gandist.preemption import Stopped, StopRequest
 from gandist.preview import Preview
@@ -31,6 +32,7 @@ from gandist.randomness import Columns, Purpose, StepRandomness
 from gandist.schedule import number_at, scheduled
 from gandist.summary import describe, summarize
 from gandist.tracking import Meter, Scalars, Tracker, open_trackers
+from gandist.trained import load, take_over
 from gandist.watchdog import Watchdog
 
 AFTER_EXCHANGES = 5.0  # s by which the watchdog waits longer than an exchange does, which knows better what is wrong
@@ -80,6 +82,7 @@ class Trainer:
         generator = build_generator(config.model, config.data).to(**placement)
         discriminator = build_discriminator(config.model, config.data).to(**placement)
         self.ema = ExponentialMovingAverage(generator, config.ema)
+        freeze(discriminator, config.train.freeze_d)
         if config.train.activation_checkpointing:
             recompute_activations(generator)
             recompute_activations(discriminator)
@@ -260,6 +263,21 @@ class Trainer:
         self.step, self.images, self.total_skipped = meta["step"], meta["images"], meta["skipped"]
         self.evaluation_pending = meta["evaluation_pending"]
         return path
+
+    def start_from(self, path: Path) -> str:
+        """Takes over the weights of networks trained before, as far as they fit: the averaged generator and the discriminator.
+        Returns what was taken and what was not. Raises CheckpointError, or ConfigError if nothing fits."""
+        with self.world.together():
+            trained = load(path, device="cpu")
+            reports = [
+                take_over(f"{player.name} of {path}", getattr(trained, player.name).state_dict(), player.network.state_dict())
+                for player in (self.generator, self.discriminator)
+            ]
+        for player in (self.generator, self.discriminator):
+            power_iteration(player.network, FIRST_ITERATIONS)  # of weights that were not taken as well
+            player.load_state_dict(player.state_dict())
+        self.ema.module.load_state_dict(self.generator.network.state_dict())
+        return "\n".join(f"starts from {report}" for report in reports)
 
     def describe(self) -> str:
         """What is about to run, for the console."""

@@ -31,6 +31,7 @@ class Dataset:
     """A data set as a configuration describes it, opened by all ranks together.
 
     class_names:  of `_info.json` beside the shards, else the numbers
+    declared_classes: of `_info.json`, however many
     class_counts: labelled images of each class, int64 [num_classes]; ones where they are not known
     identity:     tells these images, as they are decoded, from any others; None where the shards have not all been seen
     """
@@ -38,8 +39,9 @@ class Dataset:
     def __init__(self, found: ShardList, config: DataConfig, world: World):
         self._config = config
         self._world = world
-        names = found.classes if len(found.classes) == config.num_classes else range(config.num_classes)
-        self.class_names = [str(name) for name in names]
+        self.declared_classes = [str(name) for name in found.classes]
+        fitting = len(found.classes) == config.num_classes
+        self.class_names = self.declared_classes if fitting else [str(number) for number in range(config.num_classes)]
         image_format = ImageFormat(config.resolution, config.channels, config.resize)
         shards = _open(found, config, image_format, world)
         self.shards = shards

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_image
 
 from gandist.resolution import Resolution, as_yaml, resolution_of, size_of
@@ -106,4 +106,10 @@ def _decode_with_pillow(encoded: bytes, channels: int) -> np.ndarray:
                 raise ImageError(f"{image.mode} pixels, which are not 8 bits a channel: convert them to 8 bits")
             return np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(image.height, image.width, channels)
     except PILLOW_ERRORS as error:
-        raise ImageError(f"the image cannot be decoded ({error}): replace it") from error
+        raise unreadable(error) from error
+
+
+def unreadable(error: Exception) -> ImageError:
+    """What to raise where Pillow raised this."""
+    reason = "its format is unknown, or it is damaged" if isinstance(error, UnidentifiedImageError) else error
+    return ImageError(f"the image cannot be decoded ({reason}): replace it")

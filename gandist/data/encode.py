@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from PIL.ExifTags import Base as ExifTag
 
-from gandist.data.decode import PILLOW_ERRORS, ImageError, Resize, decode, fit
+from gandist.data.decode import PILLOW_ERRORS, Resize, decode, fit, unreadable
 from gandist.resolution import Resolution
 
 _SIGNATURES = {"png": rb"\x89PNG\r\n\x1a\n", "jpg": rb"\xff\xd8\xff", "webp": rb"RIFF.{4}WEBP"}
@@ -100,8 +100,7 @@ def _inspect(content: bytes | Image.Image) -> tuple[str, int]:
             orientation = image.getexif().get(ExifTag.Orientation, 1) if _MAY_BE_ROTATED.search(content) else 1
             return image.mode, orientation
     except PILLOW_ERRORS as error:
-        reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
-        raise ImageError(f"the image cannot be decoded ({reason}): replace it") from error
+        raise unreadable(error) from error
 
 
 def _turn(pixels: np.ndarray, orientation: int) -> np.ndarray:

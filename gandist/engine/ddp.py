@@ -28,8 +28,7 @@ class DDPPlayer(Player):
         self, name: str, objective: nn.Module, config: Config, world: World, precision: Precision, *, lr: float | Cosine
     ):
         super().__init__(name, objective, config, world, precision, lr)
-        self.parameters = list(self.network.parameters())
-        self.optimizer = torch.optim.Adam(self.parameters, **self.rates(0), eps=config.optimizer.eps, fused=True)
+        self.optimizer = torch.optim.Adam(self.parameters.values(), **self.rates(0), eps=config.optimizer.eps, fused=True)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision.name == "float16")
         self._loss_scale = torch.tensor([self.scaler.get_scale(), 0.0])
         self.parallel = DistributedDataParallel(
@@ -47,9 +46,9 @@ class DDPPlayer(Player):
 
     def step(self, step: int) -> torch.Tensor:
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in self.parameters])
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in self.parameters.values()])
         if self.clip_norm:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.clip_norm, norm)
+            nn.utils.clip_grads_with_norm_(self.parameters.values(), self.clip_norm, norm)
         self.optimizer.found_inf = self.guard.watch(norm, step)  # fused Adam does nothing where it is 1
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -70,4 +69,4 @@ class DDPPlayer(Player):
 
     def _adam_state(self) -> AdamState:
         states = adam_state(self.optimizer)
-        return {name: states[parameter] for name, parameter in self.network.named_parameters()}
+        return {name: states[parameter] for name, parameter in self.parameters.items()}

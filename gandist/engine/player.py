@@ -30,6 +30,7 @@ class Player(ABC):
         self.betas = config.optimizer.betas
         self.objective = objective
         self.network: nn.Module = objective.network
+        self.parameters = {name: each for name, each in self.network.named_parameters() if each.requires_grad}
         self.clip_norm = config.optimizer.clip_norm
         # In float16 the loss scale is found by overflowing.
         stops = config.train.non_finite == "stop" and precision.name != "float16"
@@ -113,8 +114,11 @@ def adam_state(optimizer: torch.optim.Adam) -> dict[torch.Tensor, dict[str, torc
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[None]:
     """No parameter of the module takes part in gradients."""
-    module.requires_grad_(False)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
-        module.requires_grad_(True)
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -35,7 +35,6 @@ class DeepSpeedPlayer(Player):
         deepspeed = _import_deepspeed(world)
         objective.to(memory_format=torch.contiguous_format)  # DeepSpeed broadcasts weights as bytes, of whole rows
         self.sharded = config.stage > 0
-        self.parameters = dict(self.network.named_parameters())
         adam = torch.optim.Adam(self.parameters.values(), **self.rates(0), eps=config.optimizer.eps, fused=True)
         adam.register_step_pre_hook(self._before_adam)
         self.optimizer = adam

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gandist.config import DataConfig, ModelConfig
+from gandist.errors import ConfigError
 from gandist.models.biggan import BigGANGenerator, BigGANTrunk
 from gandist.models.biggan_deep import BigGANDeepGenerator, BigGANDeepTrunk
 from gandist.models.dcgan import DCGANGenerator, DCGANTrunk
@@ -36,6 +37,7 @@ __all__ = [
     "build_discriminator",
     "build_generator",
     "evaluating",
+    "freeze",
     "full_float32",
     "recompute_activations",
     "truncates",
@@ -127,6 +129,15 @@ def truncating(generator: nn.Module, truncation: float | None) -> Iterator[None]
         yield
     finally:
         generator.truncation = before
+
+
+def freeze(discriminator: Discriminator, stages: int) -> None:
+    """So many parts of the trunk, from the image on, keep their weights (Mo et al. 2020, 2002.10964). Raises ConfigError."""
+    parts = discriminator.trunk.stages()
+    if stages > len(parts):
+        raise ConfigError(f"train.freeze_d={stages}: the discriminator has {len(parts)} parts that can be frozen")
+    for part in parts[:stages]:
+        part.requires_grad_(False)
 
 
 def recompute_activations(network: nn.Module) -> None:

@@ -127,6 +127,11 @@ class BigGANDeepTrunk(Trunk):
         self.attention.extend(nn.Identity() for _ in range(len(self.blocks) - layout.halvings))
         self.features = widths[-1]
 
+    def stages(self) -> list[nn.Module]:
+        """Two blocks with the attention behind them are one."""
+        blocks = zip(self.down_blocks, self.blocks, self.attention, strict=True)
+        return [self.from_image, *map(nn.ModuleList, blocks)]
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, C, H, W] in [-1, 1] → features [B, F]"""
         x = self.from_image(images)

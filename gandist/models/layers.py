@@ -73,6 +73,12 @@ class Trunk(nn.Module):
     layer: Layer
     couples_images = False
 
+    def stages(self) -> list[nn.Module]:
+        """Its parts that have weights, from the image on."""
+        lists = nn.ModuleList | nn.Sequential
+        parts = [part for child in self.children() for part in (child if isinstance(child, lists) else [child])]
+        return [part for part in parts if any(True for _ in part.parameters())]
+
 
 class SyncBatchNorm(_BatchNorm):
     """Batch norm over the global batch (Ioffe & Szegedy 2015, 1502.03167), on any device, differentiable twice.

@@ -1,7 +1,7 @@
 """What residual families share: blocks, self-attention, and the discriminator's trunk."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import NamedTuple
 
 import torch
@@ -159,6 +159,10 @@ class ResidualTrunk(Trunk):
         resolutions = [pyramid.side >> number for number in range(1, layout.halvings + 1)]
         self.attention = nn.ModuleList(attention_layers(resolutions, widths[: layout.halvings], model, layer))
         self.features = widths[-1]
+
+    def stages(self) -> list[nn.Module]:
+        """A block with the attention behind it is one."""
+        return [nn.ModuleList(pair) for pair in zip_longest(self.blocks, self.attention)]
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """images [B, C, H, W] in [-1, 1] → features [B, F]"""

@@ -41,8 +41,8 @@ def spectral_norm(module: nn.Module) -> nn.Module:
     return module
 
 
-def power_iteration(network: nn.Module) -> None:
-    """One step for every spectral norm of the network: to be called once before each update of its weights."""
+def power_iteration(network: nn.Module, count: int = 1) -> None:
+    """For every spectral norm of the network: one step is to be made before each update of its weights."""
     for module in network.modules():
         if isinstance(module, parametrize.ParametrizationList) and isinstance(module[0], SpectralNorm):
-            module[0].iterate(module.original)
+            module[0].iterate(module.original, count)
