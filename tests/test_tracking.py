@@ -352,7 +352,7 @@ def test_the_diversity_of_pictures(cache_dir: Path, world: World) -> None:
     """Of real images it is 1, of one image again and again 0."""
     config = load_config(None, [f"data.cache_dir={cache_dir}"])
     train_set = open_dataset(config.data.train, config.data, world)
-    pictures = preview.Preview(config, train_set, world, torch.float32)
+    pictures = preview.Preview(config, train_set, train_set, world, torch.float32)
     assert pictures.real.shape == (100, 1, 16, 16)
     discriminator = build_discriminator(config.model, config.data)
     drawn = pictures.draw(lambda latents, labels: pictures.real / 127.5 - 1, discriminator)
