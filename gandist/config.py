@@ -180,6 +180,7 @@ class LossConfig(Section):
     lecam_weight: NotNegative = 0.0  # of keeping logits near the averages of the opposite side
     orthogonal_weight: NotNegative = 0.0  # of keeping the generator's filters orthogonal to each other
     reconstruction_weight: NotNegative = 0.0  # stargan: of the L1 distance of an image to itself, translated there and back
+    identity_weight: NotNegative = 0.0  # stargan: of the L1 distance of an image to itself, translated to its own class
     top_k: Scheduled[Annotated[Number, Field(gt=0, le=1)]] = (
         1.0  # share of its images, the best, that the generator learns from
     )
@@ -453,6 +454,7 @@ class Config(Section):
         family = self.model.family
         translating = {
             "loss.reconstruction_weight": self.loss.reconstruction_weight > 0,
+            "loss.identity_weight": self.loss.identity_weight > 0,
             "evaluation.metrics=[reconstruction]": "reconstruction" in self.evaluation.metrics,
         }
         if (meant := [key for key, used in translating.items() if used]) and not self.model.translates:

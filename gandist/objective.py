@@ -257,7 +257,7 @@ class GeneratorObjective(nn.Module):
         self.path_length = PathLength() if loss.path_length_weight else None
         self.path_length_weight = loss.path_length_weight * loss.path_length_every
         self.translates = config.model.translates
-        self.reconstruction_weight = loss.reconstruction_weight
+        self.reconstruction_weight, self.identity_weight = loss.reconstruction_weight, loss.identity_weight
         self.diversity_weight = consistency.latent_diversity_weight
         self.latent_noise = consistency.latent_noise
         self.columns = Columns(
@@ -311,6 +311,9 @@ class GeneratorObjective(nn.Module):
         if self.reconstruction_weight:
             reconstruction = (self.generate(fake, real_labels) - real).abs().mean()
             terms.append(Term("loss/reconstruction", reconstruction, self.reconstruction_weight))
+        if self.identity_weight:
+            identity = (self.generate(real, real_labels) - real).abs().mean()
+            terms.append(Term("loss/identity", identity, self.identity_weight))
         if self.diversity_weight:
             near = self.generate(nearby(latents, parts["near"], self.latent_noise), labels)
             terms.append(Term("consistency/diversity", (fake - near).square().mean(), -self.diversity_weight))

@@ -106,6 +106,7 @@ def test_all_mistakes_are_shown_at_once(tmp_path: Path) -> None:
             "{loss: {reconstruction_weight: 10}}",
             "loss.reconstruction_weight is for model.family=stargan, which translates images",
         ),
+        ("{loss: {identity_weight: 1}}", "loss.identity_weight is for model.family=stargan, which translates images, not for"),
         (
             "evaluation: {metrics: [reconstruction]}",
             r"metrics=\[reconstruction\] is for model.family=stargan, .* not for dcgan",

@@ -38,6 +38,7 @@ TRANSLATION = [
     "loss.adversarial=wasserstein",
     "loss.wgan_gp_lambda=10",
     "loss.reconstruction_weight=10",
+    "loss.identity_weight=6",
 ]
 STYLES = ["model.family=stylegan2", "model.max_width=8", "model.mapping_layers=2"]
 
@@ -419,12 +420,14 @@ class D2DCE(Contrastive):
 
 
 class Translation(WassersteinGradientPenalty):
-    """StarGAN's equations 4, 5 and 8: of the images, as their new classes and back."""
+    """StarGAN's equations 4, 5 and 8, of the images as their new classes and back; and CycleGAN's identity mapping loss."""
 
     def extra_g(self, x, fake):
+        def distance(images):
+            return mean([(image - again).abs().mean() for image, again in zip(x.real, images, strict=True)])
+
         classification = CLASS_WEIGHT * self.cross_entropy(self.D(fake, x.labels).class_logits, x.labels)
-        back = self.G(fake, x.real_labels)
-        return classification + 10 * mean([(image - again).abs().mean() for image, again in zip(x.real, back, strict=True)])
+        return classification + 10 * distance(self.G(fake, x.real_labels)) + 6 * distance(self.G(x.real, x.real_labels))
 
 
 class Augmented(Literal):

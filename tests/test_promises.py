@@ -113,6 +113,7 @@ SETTINGS = {
         "loss.adversarial=non_saturating",
         "loss.reconstruction_weight=10",
         "augmentation.xflip=true",
+        "evaluation.metrics=[accuracy]",
     ),
     "accumulated": ("train.accumulation=2", "train.discriminator_updates=2", f"train.kimg={2 * KIMG}"),
 }
