@@ -1,7 +1,7 @@
 """Whether translations follow their sources: `python -m benchmarks.style RUN` prints correlations.
 
-Of each held-out image and its translations to all other classes, what the class does not decide: ink (the sum of the brightness,
-black being none), slant, width, and place from left to right, each as its difference from the mean of its pair of classes.
+Of each held-out image and its translations to all other classes, what the class does not decide: ink (the sum of the
+brightness, black being none), slant, width, and place from left to right, each less its mean over the pair of classes.
 """
 
 import sys
