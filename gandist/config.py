@@ -50,6 +50,7 @@ Beta = Annotated[Number, Field(ge=0, lt=1)]
 ExpandedPath = Annotated[Path, AfterValidator(Path.expanduser)]
 ShardSpec = str | tuple[str, ...]
 BUILT_IN = "digits:"  # begins the names of the built-in data
+TRANSLATORS = ("stargan",)  # families whose generators make images of images
 
 
 class Section(BaseModel):
@@ -122,7 +123,7 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The two networks."""
 
-    family: Literal["mlp", "dcgan", "resnet", "biggan", "biggan_deep", "stylegan2", "r3gan"] = "dcgan"
+    family: Literal["mlp", "dcgan", "resnet", "biggan", "biggan_deep", "stylegan2", "r3gan", "stargan"] = "dcgan"
     latent_dim: Count = 64
     generator_width: Count = 16  # channels at full resolution, of which those at the others are multiples; mlp: hidden units
     discriminator_width: Count = 24
@@ -139,6 +140,11 @@ class ModelConfig(Section):
     conditioning: Literal[
         "projection", "auxiliary", "twin_auxiliary", "adc", "contrastive", "d2d_ce", "multi_hinge", "none"
     ] = "projection"  # of the discriminator
+
+    @property
+    def translates(self) -> bool:
+        """Whether the generator makes images of images, not of latents."""
+        return self.family in TRANSLATORS
 
     @model_validator(mode="after")
     def _keys_fit_the_family(self) -> "ModelConfig":
@@ -173,6 +179,8 @@ class LossConfig(Section):
     path_length_every: Count = 1  # generator updates from one with it, so many times as heavy, to the next
     lecam_weight: NotNegative = 0.0  # of keeping logits near the averages of the opposite side
     orthogonal_weight: NotNegative = 0.0  # of keeping the generator's filters orthogonal to each other
+    reconstruction_weight: NotNegative = 0.0  # stargan: of the L1 distance of an image to itself, translated there and back
+    identity_weight: NotNegative = 0.0  # stargan: of the L1 distance of an image to itself, translated to its own class
     top_k: Scheduled[Annotated[Number, Field(gt=0, le=1)]] = (
         1.0  # share of its images, the best, that the generator learns from
     )
@@ -316,6 +324,8 @@ MEASURES = {
     "eval/is50k": Measure("is50k", "higher"),
     "eval/gan_test": Measure("gan_test", "higher"),
     "eval/cas": Measure("cas", "higher"),
+    "eval/reconstruction_l1": Measure("reconstruction", "lower"),
+    "eval/reconstruction_accuracy": Measure("reconstruction", "higher"),
     "classification/test_top1": Measure("accuracy", "higher"),
     "classification/test_top5": Measure("accuracy", "higher"),
     "classification/test_balanced_accuracy": Measure("accuracy", "higher"),
@@ -328,8 +338,9 @@ JUDGED = (
     "precision_recall_classifier",
     "density_coverage_classifier",
     "gan_test",
+    "reconstruction",
 )
-NEED_CLASSES = ("accuracy", "fd_per_class", "gan_test", "cas")
+NEED_CLASSES = ("accuracy", "fd_per_class", "gan_test", "cas", "reconstruction")
 NEED_TEST_SET = ("accuracy", "cas")
 
 
@@ -438,6 +449,35 @@ class Config(Section):
             raise ValueError(
                 f"loss.path_length_weight is for model.family=stylegan2, whose generator has styles, not {self.model.family}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _translation_fits(self) -> "Config":
+        family = self.model.family
+        translating = {
+            "loss.reconstruction_weight": self.loss.reconstruction_weight > 0,
+            "loss.identity_weight": self.loss.identity_weight > 0,
+            "evaluation.metrics=[reconstruction]": "reconstruction" in self.evaluation.metrics,
+        }
+        if (meant := [key for key, used in translating.items() if used]) and not self.model.translates:
+            raise ValueError(
+                f"{meant[0]} is for model.family={' or '.join(TRANSLATORS)}, which translates images, not for {family}: leave "
+                "it out"
+            )
+        reasons = {
+            "data.num_classes=0": (self.data.num_classes == 0, "translates images from class to class"),
+            "data.unlabelled=allow": (self.data.unlabelled == "allow", "translates images back to the class that they had"),
+            "loss.adversarial=relativistic": (
+                self.loss.adversarial == "relativistic",
+                "makes of an image of one class one of another, and has no pairs of a class",
+            ),
+            "consistency.latent_weight": (self.consistency.latent_weight > 0, "has no latents"),
+            "consistency.latent_diversity_weight": (self.consistency.latent_diversity_weight > 0, "has no latents"),
+            "evaluation.truncation": (self.evaluation.truncation is not None, "has no latents"),
+        }
+        for key, (used, reason) in reasons.items():
+            if used and self.model.translates:
+                raise ValueError(f"{key} cannot be used with model.family={family}, which {reason}")
         return self
 
     @model_validator(mode="after")

@@ -50,9 +50,10 @@ def count_run(
     def zeros(*shape: int) -> torch.Tensor:
         return torch.zeros(1, *shape, device=device, dtype=dtype)
 
-    latents, seen = zeros(config.model.latent_dim), torch.zeros((), device=device, dtype=dtype)
+    seen = torch.zeros((), device=device, dtype=dtype)
     labels = torch.zeros(1, dtype=torch.int64, device=device)
     images = zeros(config.data.channels, *config.data.size)
+    latents = images if generating.translates else zeros(config.model.latent_dim)
     near = images if discriminating.wants_near else None
     real = (images, labels) if generating.wants_real else ()
     flops = {

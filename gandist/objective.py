@@ -256,6 +256,8 @@ class GeneratorObjective(nn.Module):
         self.orthogonal_weight = loss.orthogonal_weight
         self.path_length = PathLength() if loss.path_length_weight else None
         self.path_length_weight = loss.path_length_weight * loss.path_length_every
+        self.translates = config.model.translates
+        self.reconstruction_weight, self.identity_weight = loss.reconstruction_weight, loss.identity_weight
         self.diversity_weight = consistency.latent_diversity_weight
         self.latent_noise = consistency.latent_noise
         self.columns = Columns(
@@ -267,10 +269,11 @@ class GeneratorObjective(nn.Module):
     @property
     def wants_real(self) -> bool:
         """Whether its update takes real images, too."""
-        return self.adversarial.paired
+        return self.adversarial.paired or self.translates
 
     def generate(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """latents [B, Z], labels int64 [B] → images [B, C, H, W] in [-1, 1], of the latents' dtype"""
+        """latents [B, Z], or images [B, C, H, W] that are translated, labels int64 [B] → images [B, C, H, W] in [-1, 1], of the
+        latents' dtype"""
         with self.autocast():
             return self.network(latents, labels).to(latents.dtype)
 
@@ -288,7 +291,8 @@ class GeneratorObjective(nn.Module):
 
         noise, seen: as for the discriminator
         penalized:   whether with the path length penalty
-        real:        images [B, C, H, W] and their labels, if `wants_real`; a paired loss has the generated ones of these
+        real:        images [B, C, H, W] and their labels, if `wants_real`; a paired loss has the generated ones of these, and
+                     where they are translated they are the latents, too
         """
         (opponent,) = self._opponent
         parts = self.columns.split(noise)
@@ -304,6 +308,12 @@ class GeneratorObjective(nn.Module):
         terms = self._adversarial_terms(verdict, labels, judged, seen)
         if lengthy:
             terms.append(Term("penalty/path_length", path_length, self.path_length_weight))
+        if self.reconstruction_weight:
+            reconstruction = (self.generate(fake, real_labels) - real).abs().mean()
+            terms.append(Term("loss/reconstruction", reconstruction, self.reconstruction_weight))
+        if self.identity_weight:
+            identity = (self.generate(real, real_labels) - real).abs().mean()
+            terms.append(Term("loss/identity", identity, self.identity_weight))
         if self.diversity_weight:
             near = self.generate(nearby(latents, parts["near"], self.latent_noise), labels)
             terms.append(Term("consistency/diversity", (fake - near).square().mean(), -self.diversity_weight))

@@ -92,7 +92,7 @@ class Trainer:
         discriminating = DiscriminatorObjective(discriminator, config, autocast).to(world.device)
         generating = GeneratorObjective(generator, discriminating, config, autocast).to(world.device)
         self.flops = count_run(config, discriminating, generating, world.device, self.precision.dtype) if world.is_main else {}
-        self.paired = generating.adversarial.paired
+        self.paired, self.translates = generating.adversarial.paired, generating.translates
         self.generate = generating.generate
         self.compiled = choose_compile(config.train, world.device)
         if self.compiled:
@@ -137,7 +137,7 @@ class Trainer:
         """Trains from where the run stands to its end, or until asked to stop. Saves in either case."""
         start = {"step": self.step, **describe_start(self.world), **self._summarize()}
         trackers = open_trackers(self.config, start, self.world, step=self.step)
-        self.preview = Preview(self.config, self.train_set, self.world, self.precision.dtype) if trackers else None
+        self.preview = self._open_preview() if trackers else None
         for tracker in trackers:
             tracker.real(self.preview.real_grid)
         stop = StopRequest(self.world)
@@ -188,7 +188,7 @@ class Trainer:
             real, real_labels = self._next_real(batches, update)
             with record_function("discriminator update"):
                 latents, labels = self._latents(Purpose.DISCRIMINATOR, update)
-                labels = real_labels if self.paired else labels
+                latents, labels = real if self.translates else latents, real_labels if self.paired else labels
                 noise = self._noise(Purpose.DISCRIMINATOR_NOISE, update, self.discriminator.objective.columns)
                 penalized = (self.step * train.discriminator_updates + update) % loss.penalty_every == 0
                 drawn = real, real_labels, latents, labels, noise
@@ -201,7 +201,8 @@ class Trainer:
         drawn = latents, labels, noise
         if self.generator.objective.wants_real:
             real, real_labels = self._next_real(batches, train.discriminator_updates)
-            drawn = latents, real_labels if self.paired else labels, noise, real, real_labels
+            latents, labels = real if self.translates else latents, real_labels if self.paired else labels
+            drawn = latents, labels, noise, real, real_labels
         penalized = self.step % loss.path_length_every == 0
         with record_function("generator update"), frozen(self.discriminator.network):
             micro_batches = zip(*(each.chunk(count) for each in drawn), strict=True)
@@ -287,6 +288,9 @@ class Trainer:
     def _summarize(self) -> dict:
         networks = {player.name: player.network for player in (self.generator, self.discriminator)}
         return summarize(self.train_set, self.evaluator.test_set, networks, self.flops)
+
+    def _open_preview(self) -> Preview:
+        return Preview(self.config, self.train_set, self.evaluator.sources, self.world, self.precision.dtype)
 
     def _open_profiler(self) -> StepProfiler:
         steps = self.config.train.profile if self.world.is_main else 0

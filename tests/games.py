@@ -20,4 +20,5 @@ def discriminator_inputs(
 
 def generator_inputs(objective: GeneratorObjective, latents: torch.Tensor, labels: torch.Tensor) -> tuple:
     noise = torch.zeros(len(latents), objective.columns.width)
-    return latents, labels, noise, torch.zeros((), dtype=latents.dtype), True
+    real = (latents, labels.flip(0)) if objective.translates else ()
+    return latents, labels, noise, torch.zeros((), dtype=latents.dtype), True, *real

@@ -102,6 +102,28 @@ def test_all_mistakes_are_shown_at_once(tmp_path: Path) -> None:
             "{model: {family: stylegan2}, data: {unlabelled: allow}}",
             "with model.family=stylegan2 and model.conditioning=projection the discriminator's logit is the match",
         ),
+        (
+            "{loss: {reconstruction_weight: 10}}",
+            "loss.reconstruction_weight is for model.family=stargan, which translates images",
+        ),
+        ("{loss: {identity_weight: 1}}", "loss.identity_weight is for model.family=stargan, which translates images, not for"),
+        (
+            "evaluation: {metrics: [reconstruction]}",
+            r"metrics=\[reconstruction\] is for model.family=stargan, .* not for dcgan",
+        ),
+        (
+            "{model: {family: stargan, conditioning: none}, data: {num_classes: 0}, evaluation: {metrics: []}}",
+            "data.num_classes=0 cannot be used with model.family=stargan, which translates images from class to class",
+        ),
+        ("{model: {family: stargan}, data: {unlabelled: allow}}", "data.unlabelled=allow cannot .* back to the class"),
+        ("{model: {family: stargan}, loss: {adversarial: relativistic}}", "adversarial=relativistic cannot .* has no pairs"),
+        ("{model: {family: stargan}, loss: {path_length_weight: 1}}", "path_length_weight is for model.family=stylegan2"),
+        ("{model: {family: stargan}, consistency: {latent_weight: 1}}", "latent_weight cannot .* which has no latents"),
+        (
+            "{model: {family: stargan}, consistency: {latent_diversity_weight: 1}}",
+            "latent_diversity_weight cannot .* no latents",
+        ),
+        ("{model: {family: stargan}, evaluation: {truncation: 1}}", "evaluation.truncation cannot .* which has no latents"),
         ("data: {train: a.tar}", "data.test is the built-in digits but data.train is not"),
         ("data: {train: a.tar, test: b.tar}", "fd_classifier, gan_test, whose judge knows only the built-in digits"),
         ("data: {train: 5}", r"1 mistake\(s\)\n  data.train: a text, or a list of texts, is wanted \(got 5\)"),

@@ -186,7 +186,7 @@ def test_inception_score_of_known_logits() -> None:
 
 
 def test_the_registry_has_what_the_configuration_names() -> None:
-    apart = {"accuracy", "cas"}  # which compare no statistics
+    apart = {"accuracy", "cas", "reconstruction"}  # which compare no statistics
     assert METRICS.keys() == {*get_args(Metric)} - apart
     values = {f"eval/{value}": name for name, metric in METRICS.items() for value in metric.values}
     assert values == {name: measure.of for name, measure in MEASURES.items() if measure.of not in apart}
@@ -282,15 +282,25 @@ def _tensors(module: torch.nn.Module) -> list[torch.Tensor]:
     return [tensor.clone() for tensor in module.state_dict().values()]
 
 
-@pytest.mark.parametrize("settings", [[], ["evaluation.standing_stats=3", "evaluation.truncation=0.8"]], ids=["", "modes"])
+TRANSLATION = ["model.family=stargan", "model.conditioning=auxiliary", "model.generator_width=4"]
+MODES = {
+    "": [],
+    "modes": ["evaluation.standing_stats=3", "evaluation.truncation=0.8"],
+    "translated": [*TRANSLATION, f"evaluation.metrics={ALL[:-1]}, reconstruction]"],
+}
+
+
+@pytest.mark.parametrize("settings", MODES.values(), ids=MODES)
 def test_evaluation_does_not_depend_on_the_ranks(cache_dir: Path, settings: list[str]) -> None:
     (alone,) = run_ranks(1, _evaluate_on_rank, cache_dir, settings)
     made = {record["metric"]: record for record in alone}
     assert made.keys() >= {name for name, measure in MEASURES.items() if measure.of in ALL.strip("[]").split(", ")}
     fd = made["eval/fd_classifier"]
     assert (fd["n_fake"], fd["n_real"], fd["ema"], fd["step"], fd["seed"]) == (333, 1437, True, 7, 0)
+    assert fd.get("sources") == ("test" if TRANSLATION[0] in settings else None)
+    assert ("eval/reconstruction_l1" in made) == (TRANSLATION[0] in settings)
     assert fd["weights_sha256"] == judge.DIGITS_SHA256
-    for world_size in (2, 3):
+    for world_size in (2, 3) if TRANSLATION[0] not in settings else (3,):
         for records in run_ranks(world_size, _evaluate_on_rank, cache_dir, settings):
             for record, expected in zip(records, alone, strict=True):
                 assert record["metric"] == expected["metric"]
@@ -370,6 +380,46 @@ def test_each_metric_sees_what_it_must_and_is_blind_as_known(digits, world: Worl
         assert found["fd"] > 10 * held_out
         assert found["kd"] > 100 * abs(copies["kd"])
         assert found["precision"] < 0.9
+
+
+class Negative(torch.nn.Linear):
+    """A 'generator' that makes the negative of an image, of whatever class, in a lower contrast."""
+
+    contrast = 1.0
+
+    def forward(self, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return -self.contrast * images
+
+
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_translations_are_of_held_out_images_each_once(digits, world: World, split: str) -> None:
+    """And back again."""
+    test = [] if split == "test" else ["data.test=null"]
+    metrics = "evaluation.metrics=[gan_test, reconstruction]"
+    config = load_config(None, [f"data.cache_dir={digits[0].data.cache_dir}", *TRANSLATION, *test, metrics])
+    train_set = open_dataset(config.data.train, config.data, world)
+    sources = open_dataset(f"digits:{split}", config.data, world, split=split)
+    (images, labels, _), *more = sources.evaluation_batches(len(sources))
+    assert not more
+    settings = config.evaluation.model_copy(update={"num_images": len(sources)})
+    evaluator = Evaluator(config.model_copy(update={"evaluation": settings}), train_set, world)
+    discriminator, generator = build_discriminator(config.model, config.data), Negative(1, 1)
+    fakes = FakeImages(evaluator.config, train_set.class_counts, world, seed=5, sources=evaluator.sources)
+    made, targets = (torch.cat(each) for each in zip(*fakes.batches(generator, len(sources)), strict=True))
+    assert targets.tolist() == proportional_labels(train_set.class_counts, len(sources)).tolist()
+    assert sorted(made.flatten(1).tolist()) == sorted((255 - images).flatten(1).tolist())
+    (given,) = torch.cat([labels for _, labels, _ in fakes.translated(generator, len(sources))])[None]
+    assert len(set(zip(given.tolist(), targets.tolist(), strict=True))) > 90  # of 100 pairs of classes
+    for contrast in (1.0, 0.5):
+        generator.contrast = contrast
+        values = {record.metric: record.value for record in evaluator(generator, discriminator, step=1, kimg=1).records}
+        expected = (1 - contrast**2) * (images.double() / 127.5 - 1).abs().mean().item()
+        assert values["eval/reconstruction_l1"] == pytest.approx(expected, rel=1e-6, abs=1e-7)
+        if contrast == 1:
+            right = (load_judge(None)[0](images)[1].argmax(1) == labels).double().mean().item()
+            assert values["eval/reconstruction_accuracy"] == pytest.approx(right)
+            assert right > 0.95
+            assert values["eval/gan_test"] < 0.3
 
 
 def test_classification_accuracy_score(digits, world: World, monkeypatch) -> None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gandist.config import Config, DataConfig, LossConfig, ModelConfig
+from gandist.config import TRANSLATORS, Config, DataConfig, LossConfig, ModelConfig
 from gandist.distributed import join_world
 from gandist.engine import choose_precision
 from gandist.errors import ConfigError
@@ -55,6 +55,7 @@ SMALL = {  # of each family and some of its variants: the resolution, and what i
         {"generator_width": 4, "discriminator_width": 4, "discriminator_norm": "layer", "generator_spectral_norm": True},
     ),
     "stylegan2": (8, {"generator_width": 4, "discriminator_width": 4, "mapping_layers": 2, "max_width": 6, "minibatch_std": 2}),
+    "stargan": (16, {"generator_width": 4, "discriminator_width": 4}),
 }
 NOT_SQUARE = {  # of each family, with what is small there
     f"{family}-{height}x{width}": ((height, width), SMALL[family][1])
@@ -66,6 +67,7 @@ NOT_SQUARE = {  # of each family, with what is small there
         ("biggan_deep", 32, 48),
         ("r3gan", 32, 16),
         ("stylegan2", 6, 8),
+        ("stargan", 8, 12),
     )
 }
 OTHERS = {  # resolutions
@@ -76,6 +78,7 @@ OTHERS = {  # resolutions
     "biggan_deep": [64, 512, (128, 160)],
     "r3gan": [8, 64, (8, 10)],
     "stylegan2": [16, 256, (256, 128)],
+    "stargan": [8, 128, (8, 10), (6, 8), (16, 4), (48, 64)],
 }
 CONDITIONING = ["projection", "auxiliary", "none"]
 all_families = pytest.mark.parametrize("family", SMALL)
@@ -100,6 +103,8 @@ class Networks(NamedTuple):
 
 def build(family: str, conditioning: str = "projection", *, channels: int = 3, dtype: torch.dtype = torch.float64) -> Networks:
     """A small one, its weights a little off their first values, among which there are zeros."""
+    if family.partition("-")[0] in TRANSLATORS and conditioning == "none":
+        pytest.skip("images are translated to a class")
     torch.manual_seed(0)
     resolution, sizes = (SMALL | NOT_SQUARE)[family]
     config = Config(
@@ -120,13 +125,14 @@ def build(family: str, conditioning: str = "projection", *, channels: int = 3, d
 
 
 def draw(networks: Networks, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Latents, labels and images."""
+    """Latents, or what is translated, labels and images."""
     random = torch.Generator().manual_seed(1)
     data = networks.config.data
     latents = torch.randn(BATCH_SIZE, 8, dtype=torch.float64, generator=random)
     images = torch.rand(BATCH_SIZE, data.channels, *data.size, dtype=torch.float64, generator=random)
     labels = torch.arange(BATCH_SIZE) if data.num_classes else torch.full((BATCH_SIZE,), -1)
-    return latents.to(dtype), labels, (2 * images - 1).to(dtype)
+    images = 2 * images - 1
+    return (images.flip(0) if networks.config.model.translates else latents).to(dtype), labels, images.to(dtype)
 
 
 def penalties(networks: Networks) -> dict[str, float]:
@@ -157,7 +163,8 @@ def test_shapes(family: str, conditioning: str, channels: int) -> None:
 def test_other_resolutions(family: str, resolution: int | tuple[int, int]) -> None:
     model = ModelConfig(family=family, latent_dim=840, generator_width=8, discriminator_width=8)
     data = DataConfig(resolution=resolution, channels=3)
-    latents, labels = torch.zeros(4, 840), torch.zeros(4, dtype=torch.int64)
+    latents = torch.zeros(4, 3, *data.size) if model.translates else torch.zeros(4, 840)
+    labels = torch.zeros(4, dtype=torch.int64)
     images = build_generator(model, data)(latents, labels)
     assert images.shape == (4, 3, *data.size)
     assert build_discriminator(model, data)(images, labels).logits.shape == (4,)
@@ -241,7 +248,7 @@ def test_images_are_coupled_where_it_says_so(family: str) -> None:
 def gradients(networks: Networks, *, compiled: bool) -> dict[str, torch.Tensor]:
     """And what buffers then hold."""
     latents, labels, images = draw(networks)
-    loss = LossConfig(**penalties(networks))
+    loss = LossConfig(**penalties(networks), reconstruction_weight=10 if networks.config.model.translates else 0)
     discriminating, generating = networks.discriminating(loss), networks.generating(loss)
     if compiled:
         torch._dynamo.reset()
@@ -415,6 +422,20 @@ def test_stylegan2_ada_for_cifar10_has_the_size_that_is_counted_by_hand() -> Non
     generator += linear(10, 512) + linear(1024, 512) - 7 * linear(512, 512)
     discriminator += linear(10, 512) + 9 * linear(512, 512) - linear(512, 1) - 3 * 512 * 512
     assert parameters(model, DataConfig(resolution=32, channels=3, num_classes=10)) == (generator, discriminator)
+
+
+@pytest.mark.usefixtures("shapes_alone")
+def test_stargan_has_its_published_size() -> None:
+    """As its training prints it for CelebA with five attributes, and counted by hand: convolutions before norms have no bias,
+    nor have the last ones of both networks."""
+    model = ModelConfig(family="stargan", generator_width=64, discriminator_width=64, conditioning="auxiliary")
+    data = DataConfig(resolution=128, channels=3, num_classes=5)
+    found = [sum(p.numel() for p in make(model, data).parameters()) for make in (build_generator, build_discriminator)]
+    outside = 49 * (3 + 5) * 64 + 2 * 64 + 49 * 64 * 3
+    resampling = 2 * 16 * (64 * 128 + 128 * 256) + 2 * (128 + 256) + 2 * (128 + 64)
+    generator = outside + resampling + 6 * 2 * (9 * 256 * 256 + 2 * 256)
+    trunk = sum(linear(before, after, 16) for before, after in pairwise([3, 64, 128, 256, 512, 1024, 2048]))
+    assert found == [generator, trunk + 9 * 2048 + 4 * 2048 * 5] == [8_430_528, 44_762_048]
 
 
 def count_stylegan2(widths: list[int]) -> tuple[int, int]:
@@ -680,6 +701,42 @@ def test_r3gans_logit_is_the_projection_alone() -> None:
     for logit, feature, label in zip(logits, features, labels, strict=True):
         torch.testing.assert_close(logit, (head.project.weight @ feature).dot(head.embedding.weight[label]))
     assert [name for name, _ in build("r3gan", "none").discriminator.head.named_parameters()] == ["adversarial.weight"]
+
+
+def test_stargan_is_its_formulas() -> None:
+    networks = build("stargan", "auxiliary")
+    images, labels, _ = draw(networks)
+    generator, discriminator = networks.generator, networks.discriminator
+
+    def norm(x: torch.Tensor, module: nn.Module) -> torch.Tensor:
+        """Of each channel of each image."""
+        mean, var = x.mean((2, 3), keepdim=True), x.var((2, 3), keepdim=True, correction=0)
+        return (x - mean) / (var + 1e-5).sqrt() * module.weight[:, None, None] + module.bias[:, None, None]
+
+    first, *middle = generator.blocks
+    maps = F.one_hot(labels, CLASSES)[:, :, None, None].expand(-1, -1, 16, 16)
+    x = F.relu(norm(F.conv2d(torch.cat([images, maps], 1), first.convolution.weight, padding=3), first.norm))
+    for number, block in enumerate(middle):
+        weight = block.convolution.weight
+        if number < 2:
+            x = F.relu(norm(F.conv2d(x, weight, stride=2, padding=1), block.norm))
+        elif number < 8:
+            inner = F.relu(norm(F.conv2d(x, block.first.convolution.weight, padding=1), block.first.norm))
+            x = x + norm(F.conv2d(inner, weight, padding=1), block.norm)
+        else:
+            x = F.relu(norm(F.conv_transpose2d(x, weight, stride=2, padding=1), block.norm))
+    expected = torch.tanh(F.conv2d(x, generator.to_image.weight, padding=3))
+    torch.testing.assert_close(generator(images, labels), expected)
+
+    x = images
+    for block in discriminator.trunk.blocks:
+        x = F.conv2d(x, block.convolution.weight, block.convolution.bias, stride=2, padding=1)
+        x = torch.where(x > 0, x, 0.01 * x)
+    assert x.shape == (BATCH_SIZE, 16, 2, 2)
+    patches = F.conv2d(x, discriminator.head.adversarial.weight, padding=1)
+    output = discriminator(images, labels)
+    torch.testing.assert_close(output.logits, patches.flatten(1).mean(1))
+    torch.testing.assert_close(output.class_logits, torch.einsum("bchw,kchw->bk", x, discriminator.head.classifier.weight))
 
 
 def test_mlp_is_its_formula() -> None:

@@ -32,6 +32,14 @@ BASE = [
     "model.generator_width=4",
     "model.discriminator_width=4",
 ]
+TRANSLATION = [
+    "model.family=stargan",
+    "model.conditioning=auxiliary",
+    "loss.adversarial=wasserstein",
+    "loss.wgan_gp_lambda=10",
+    "loss.reconstruction_weight=10",
+    "loss.identity_weight=6",
+]
 STYLES = ["model.family=stylegan2", "model.max_width=8", "model.mapping_layers=2"]
 
 Gradients = dict[str, torch.Tensor]
@@ -69,6 +77,7 @@ class Game(NamedTuple):
             for objective in (self.discriminating, self.generating)
         ]
         real, fake, near = images
+        latents = real if self.config.model.translates else latents
         return Inputs(real, real_labels, fake, near, labels, latents, *noises)
 
 
@@ -410,6 +419,17 @@ class D2DCE(Contrastive):
         return -torch.log(near / (near + sum(torch.exp(torch.maximum(embedding[i] @ e - 0.1, zero) / t) for e in unlike)))
 
 
+class Translation(WassersteinGradientPenalty):
+    """StarGAN's equations 4, 5 and 8, of the images as their new classes and back; and CycleGAN's identity mapping loss."""
+
+    def extra_g(self, x, fake):
+        def distance(images):
+            return mean([(image - again).abs().mean() for image, again in zip(x.real, images, strict=True)])
+
+        classification = CLASS_WEIGHT * self.cross_entropy(self.D(fake, x.labels).class_logits, x.labels)
+        return classification + 10 * distance(self.G(fake, x.real_labels)) + 6 * distance(self.G(x.real, x.real_labels))
+
+
 class Augmented(Literal):
     """D never sees an image as it is; the penalty is of the image as it is."""
 
@@ -500,6 +520,7 @@ CASES: dict[str, tuple[type[Literal], list[str]]] = {
     "diffaugment": (Augmented, ["augmentation.pipe=diffaugment", "augmentation.probability=0.6", "loss.r1_gamma=3"]),
     "ada": (Augmented, ["augmentation.pipe=ada", "augmentation.probability=0.6", "loss.r1_gamma=3"]),
     "path length": (PathLength, [*STYLES, "loss.path_length_weight=2", "loss.path_length_every=4", "model.minibatch_std=0"]),
+    "translation": (Translation, TRANSLATION),
     "minibatch_std": (MinibatchDeviation, [*STYLES, "model.minibatch_std=2"]),
 }
 
@@ -552,7 +573,7 @@ def test_no_two_cases_are_alike(found: dict[int, list[tuple[Gradients, Gradients
     """What is left out or taken for another would be seen."""
     plain = found[1][list(CASES).index("hinge")]
     for name, gradients in zip(CASES, found[1], strict=True):
-        if name != "hinge" and STYLES[0] not in CASES[name][1]:
+        if name != "hinge" and not {STYLES[0], TRANSLATION[0]} & {*CASES[name][1]}:
             assert max(distance(a, b) for a, b in zip(gradients, plain, strict=True)) > 1e-3, name
 
 

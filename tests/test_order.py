@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare
 
-from gandist.data.loader import EvaluationBatches, TrainingBatches
+from gandist.data.loader import EvaluationBatches, ShuffledBatches, TrainingBatches
 from gandist.data.order import SampleOrder, permutation, shuffle
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=9)
@@ -137,3 +137,13 @@ def test_evaluation_reads_each_sample_once(sizes, batch, world, planned) -> None
             seen += [sample for part in parts for sample in part.tolist()]
             first += planned
     assert sorted(seen) == list(range(sum(sizes)))
+
+
+@given(sizes=SIZES, batch=st.integers(1, 20), world=st.integers(1, 5), epochs=st.sampled_from([0.4, 1, 2.5]))
+def test_shuffled_batches_do_not_depend_on_the_ranks(sizes, batch, world, epochs) -> None:
+    order, limit = SampleOrder(sizes, seed=3), math.ceil(sum(sizes) * epochs)
+    dealt = [ShuffledBatches(order, batch, rank, world, limit).samples(range(limit)) for rank in range(world)]
+    assert all(shard < len(sizes) for shard in ShuffledBatches(order, batch, 0, world, limit).shards_from(limit))
+    in_turn = [part for turn in itertools.zip_longest(*dealt) for part in turn if part is not None]
+    assert {len(part) for part in in_turn[:-1]} <= {batch}
+    assert np.concatenate(in_turn).tolist() == order.samples(np.arange(limit)).tolist()

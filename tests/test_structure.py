@@ -55,6 +55,7 @@ ROWS = [
     "gandist.models.biggan",
     "gandist.models.biggan_deep",
     "gandist.models.r3gan",
+    "gandist.models.stargan",
     "gandist.models.stylegan2",
     "gandist.models",
     "gandist.randomness",

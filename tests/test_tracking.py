@@ -28,6 +28,7 @@ from gandist.flops import count_flops
 from gandist.models import build_discriminator, build_generator
 from gandist.tracking import Meter, Samples
 from gandist.tracking.health import INTERVALS, Health
+from gandist.tracking.tracker import sample_grid
 from tests import wandb_records
 from tests.ranks import ROOT, launch, run_command, run_ranks
 from tests.wandb_server import KEY, Server
@@ -352,7 +353,7 @@ def test_the_diversity_of_pictures(cache_dir: Path, world: World) -> None:
     """Of real images it is 1, of one image again and again 0."""
     config = load_config(None, [f"data.cache_dir={cache_dir}"])
     train_set = open_dataset(config.data.train, config.data, world)
-    pictures = preview.Preview(config, train_set, world, torch.float32)
+    pictures = preview.Preview(config, train_set, train_set, world, torch.float32)
     assert pictures.real.shape == (100, 1, 16, 16)
     discriminator = build_discriminator(config.model, config.data)
     drawn = pictures.draw(lambda latents, labels: pictures.real / 127.5 - 1, discriminator)
@@ -366,3 +367,26 @@ def test_the_diversity_of_pictures(cache_dir: Path, world: World) -> None:
     judged = train_set.some(500)
     assert judged[0].shape == (500, 1, 16, 16)
     assert set(judged[1].tolist()) == set(range(10))
+
+
+def test_pictures_of_translations(cache_dir: Path, world: World) -> None:
+    """A row is an image that is not trained on, and then the same as each class; diversity is within a class."""
+    given = ["model.family=stargan", "model.conditioning=auxiliary", "model.discriminator_width=4"]
+    config = load_config(None, [f"data.cache_dir={cache_dir}", *given])
+    train_set = open_dataset(config.data.train, config.data, world)
+    test_set = open_dataset(config.data.test, config.data, world, split="test")
+    pictures = preview.Preview(config, train_set, test_set, world, torch.float32)
+    held_out, labels = test_set.some(len(test_set))
+    firsts = torch.stack([held_out[labels == label][0] for label in range(10)])
+    assert torch.equal(pictures.sources, firsts)
+
+    def shift(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.stack([image.roll(int(label), 2) for image, label in zip(images, labels, strict=True)])
+
+    drawn = pictures.draw(shift, build_discriminator(config.model, config.data))
+    columns = [firsts, *(firsts.roll(label, 3) for label in range(10))]
+    assert drawn.grid.tobytes() == sample_grid(torch.stack(columns, 1).flatten(0, 1), 11).tobytes()
+    assert drawn.grid.size[0] > drawn.grid.size[1]
+    assert len(drawn.logits["fake"]) == 100
+    same = pictures.draw(lambda images, labels: torch.zeros_like(images), build_discriminator(config.model, config.data))
+    assert same.diversity == 0 < drawn.diversity

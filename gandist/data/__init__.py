@@ -11,7 +11,15 @@ from gandist.data.cache import ShardCache
 from gandist.data.decode import ImageFormat
 from gandist.data.device import DeviceBatch, normalize, on_device, to_uint8, upload
 from gandist.data.index import LabelRule
-from gandist.data.loader import Batch, Batches, EvaluationBatches, ShardReader, TrainingBatches, load_batches
+from gandist.data.loader import (
+    Batch,
+    Batches,
+    EvaluationBatches,
+    ShardReader,
+    ShuffledBatches,
+    TrainingBatches,
+    load_batches,
+)
 from gandist.data.memory import DecodedImages, decode_all, decoded_folder, decoded_size, identity
 from gandist.data.order import SampleOrder
 from gandist.data.remote import Remote
@@ -86,6 +94,12 @@ class Dataset:
         """This rank's share of all samples, or of `limit` that are evenly spaced, each once over the ranks."""
         world = self._world
         return self._batches(EvaluationBatches(self.shards.shard_sizes, batch_size, world.rank, world.size, limit))
+
+    def shuffled_batches(self, batch_size: int, total: int, *, seed: int) -> Iterator[DeviceBatch]:
+        """This rank's share of `total` samples: all in an order chosen by the seed, again and again in others."""
+        world = self._world
+        order = SampleOrder(self.shards.shard_sizes, seed=seed, shuffle_block=self._config.shuffle_block)
+        return self._batches(ShuffledBatches(order, batch_size, world.rank, world.size, total))
 
     def some(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Images uint8 [N, C, H, W] and labels [N], on the CPU: evenly spaced, or the first where they come from afar."""

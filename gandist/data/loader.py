@@ -107,6 +107,26 @@ class EvaluationBatches:
 
 
 @dataclass
+class ShuffledBatches:
+    """Samples at positions [0, limit) of the order, dealt as those of EvaluationBatches are."""
+
+    order: SampleOrder
+    batch_size: int
+    rank: int
+    world_size: int
+    limit: int
+
+    def samples(self, batches: Sequence[int]) -> list[np.ndarray]:
+        firsts = [(self.rank + batch * self.world_size) * self.batch_size for batch in batches]
+        places = [np.arange(first, min(first + self.batch_size, self.limit)) for first in firsts if first < self.limit]
+        return [self.order.samples(place) for place in places]
+
+    def shards_from(self, batch: int) -> list[int]:
+        """Those of the block where it begins."""
+        return self.order.block((self.rank + batch * self.world_size) * self.batch_size).shards.tolist()
+
+
+@dataclass
 class ShardReader:
     """Reads and decodes the samples of a batch.
 

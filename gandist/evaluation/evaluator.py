@@ -11,14 +11,16 @@ from torch import nn
 
 from gandist import checkpoint
 from gandist.config import Config
-from gandist.data import Dataset, normalize, open_dataset
+from gandist.data import Dataset, normalize, open_dataset, to_uint8
 from gandist.distributed import World
 from gandist.errors import ConfigError
 from gandist.evaluation.cas import classification_accuracy_score
 from gandist.evaluation.classification import Classification, ClassificationReport
 from gandist.evaluation.comparison import Comparison, Sharing
+from gandist.evaluation.features import open_extractor
 from gandist.evaluation.metrics import Metric, Value
 from gandist.evaluation.sampling import FakeImages
+from gandist.evaluation.statistics import Wanted, collect
 from gandist.models import build_discriminator, build_generator, evaluating, full_float32
 
 HELD_OUT = "eval/fd_classifier_held_out"
@@ -28,10 +30,11 @@ HELD_OUT = "eval/fd_classifier_held_out"
 class Record:
     """One measured value and how it was made.
 
-    spread: standard deviation of the estimate, where the metric has one
-    split:  of the real images
-    n_real: how many; None: none were needed, or the reference does not say
-    ema:    whether the fakes come from the averaged generator
+    spread:  standard deviation of the estimate, where the metric has one
+    split:   of the real images
+    n_real:  how many; None: none were needed, or the reference does not say
+    ema:     whether the fakes come from the averaged generator
+    sources: the split of the images that the fakes are translations of
     """
 
     metric: str
@@ -49,6 +52,7 @@ class Record:
     ema: bool | None = None
     labels: str | None = None
     truncation: float | None = None
+    sources: str | None = None
     standing_stats: int | None = None
 
     def to_dict(self) -> dict:
@@ -119,6 +123,13 @@ class Evaluator:
                 f"{world.size} ranks: use another number of ranks"
             )
         self.seed = config.seed if settings.seed is None else settings.seed
+        if "reconstruction" in settings.metrics:
+            self.judge = self.comparison.extractors.get("judge") or open_extractor("judge", config, world)
+
+    @property
+    def sources(self) -> Dataset:
+        """The images that are translated."""
+        return self.test_set or self.train_set
 
     @torch.no_grad()
     def __call__(
@@ -138,11 +149,13 @@ class Evaluator:
         """
         self.share.between_batches = between_batches
         seed = self.seed if seed is None else seed
-        fakes = FakeImages(self.config, self.train_set.class_counts, self.world, seed=seed)
+        sources = self.sources if self.config.model.translates else None
+        fakes = FakeImages(self.config, self.train_set.class_counts, self.world, seed=seed, sources=sources)
         settings = self.settings
         progress = {"step": step, "kimg": kimg}
         sampled = {"seed": seed, "ema": settings.ema, "labels": settings.labels, "truncation": settings.truncation}
         sampled |= progress | ({"standing_stats": settings.standing_stats} if settings.standing_stats else {})
+        sampled |= {"sources": "test" if self.test_set else "train"} if sources else {}
         report = None
         with full_float32(), evaluating(generator), evaluating(discriminator):
             if self.comparison.metrics or "cas" in settings.metrics:
@@ -158,6 +171,10 @@ class Evaluator:
                 value = self._cas(batches_of)
                 made = {"split": "test", "n_real": len(self.test_set), "n_fake": self._num_images}
                 records.append(Record("eval/cas", value, **sampled, **made))
+            if "reconstruction" in settings.metrics:
+                values = self._reconstruct(fakes, generator)
+                made = {"n_fake": self._num_images, **self.judge.identity}
+                records += [Record(f"eval/reconstruction_{name}", value, **sampled, **made) for name, value in values.items()]
             if "accuracy" in settings.metrics:
                 report = self._classify_test_set(discriminator)
                 values = {"top1": report.top1, "top5": report.top5, "balanced_accuracy": report.balanced_accuracy}
@@ -193,6 +210,22 @@ class Evaluator:
         for images, labels, _ in self.share(batches, len(self.test_set), "held-out images"):
             predictions.update(discriminator(normalize(images, dtype), labels).class_logits, labels)
         return predictions.report()
+
+    def _reconstruct(self, fakes: FakeImages, generator: nn.Module) -> dict[str, float]:
+        """Of the images that are translated, translated back: the mean distance of a pixel in [-1, 1] to what it was, and how
+        often the judge sees the class that it was of."""
+        distance = torch.zeros((), dtype=torch.float64, device=self.world.device)
+
+        def reconstructions() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            translated = fakes.translated(generator, self._num_images)
+            for images, labels, targets in self.share(translated, self._num_images, "reconstructions"):
+                back = generator(generator(images, targets), labels)
+                distance.add_((back - images).abs().double().mean((1, 2, 3)).sum())
+                yield to_uint8(back), labels
+
+        wanted = {"judge": Wanted(self.judge, frozenset(("verdicts",)), self.train_set.num_classes)}
+        found = collect(reconstructions(), wanted, self.world)["judge"]
+        return {"l1": self.world.sum(distance).item() / self._num_images, "accuracy": found.verdicts.top1}
 
     def _cas(self, batches_of: Callable[[int], Iterator]) -> float:
         made: Iterable = self.share(batches_of(self._num_images), self._num_images, "generated images")

@@ -1,4 +1,5 @@
-"""The generated images that are measured: image n is a function of the seed and n, on any number of ranks."""
+"""The generated images that are measured: image n is a function of the seed and n, on any number of ranks. Translations are of
+the images at hand, in an order that the seed chooses."""
 
 import copy
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gandist.config import Config
-from gandist.data import to_uint8
+from gandist.data import Dataset, normalize, to_uint8
 from gandist.distributed import World
 from gandist.models import truncates, truncating
 from gandist.randomness import Purpose, draw_latents, random_stream
@@ -19,13 +20,15 @@ class FakeImages:
     """What `evaluation` says of them.
 
     class_counts: of the training set, int64 [K]
+    sources:      images of which fakes are translations; None: they are made of latents
     """
 
-    def __init__(self, config: Config, class_counts: np.ndarray, world: World, *, seed: int):
+    def __init__(self, config: Config, class_counts: np.ndarray, world: World, *, seed: int, sources: Dataset | None = None):
         self.settings = config.evaluation
         self.latent_dim = config.model.latent_dim
         self.world = world
         self.seed = seed
+        self.sources = sources
         self.class_counts = np.ones_like(class_counts) if self.settings.labels == "balanced" else class_counts
 
     def prepare(self, generator: nn.Module) -> nn.Module:
@@ -51,12 +54,26 @@ class FakeImages:
     def batches(self, generator: nn.Module, total: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """This rank's share of `total` images: uint8 [B, C, H, W] and labels [B], in batches that are dealt to the ranks in
         turn. Batch n is a function of the seed and n."""
-        size = self.settings.batch_size
-        all_labels = torch.from_numpy(proportional_labels(self.class_counts, total))
-        for start in range(0, total, size)[self.world.rank :: self.world.size]:
-            labels = all_labels[start : start + size]
-            latents = self._latents(generator, random_stream(self.seed, Purpose.EVALUATION, start // size), len(labels))
+        if self.sources:
+            for images, _, targets in self.translated(generator, total):
+                yield to_uint8(generator(images, targets)), targets
+            return
+        for number, labels in self._labels(total):
+            latents = self._latents(generator, random_stream(self.seed, Purpose.EVALUATION, number), len(labels))
             yield self._generate(generator, latents, labels)
+
+    def translated(self, generator: nn.Module, total: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """What the same batches are made of: images [B, C, H, W] in [-1, 1], their labels [B], and the targets [B]."""
+        dtype = next(generator.parameters()).dtype
+        sources = self.sources.shuffled_batches(self.settings.batch_size, total, seed=self.seed)
+        for (_, targets), (images, labels, _) in zip(self._labels(total), sources, strict=True):
+            yield normalize(images, dtype), labels, targets.to(labels.device)
+
+    def _labels(self, total: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """The numbers of this rank's batches, and their labels."""
+        size = self.settings.batch_size
+        batches = torch.from_numpy(proportional_labels(self.class_counts, total)).split(size)
+        yield from list(enumerate(batches))[self.world.rank :: self.world.size]
 
     def _latents(self, generator: nn.Module, stream: np.random.Generator, count: int) -> torch.Tensor:
         return draw_latents(stream, count, self.latent_dim, None if truncates(generator) else self.settings.truncation)

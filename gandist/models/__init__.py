@@ -29,6 +29,7 @@ from gandist.models.layers import Block, Trunk
 from gandist.models.mlp import MLPGenerator, MLPTrunk
 from gandist.models.r3gan import R3GANGenerator, R3GANTrunk
 from gandist.models.resnet import ResNetGenerator, ResNetTrunk
+from gandist.models.stargan import PatchHead, StarGANGenerator, StarGANTrunk
 from gandist.models.stylegan2 import MappedProjectionHead, StyleGAN2Generator, StyleGAN2Trunk
 
 __all__ = [
@@ -64,6 +65,7 @@ FAMILIES = {
     "biggan_deep": Family(BigGANDeepGenerator, BigGANDeepTrunk),
     "r3gan": Family(R3GANGenerator, R3GANTrunk, {"projection": PureProjectionHead}),
     "stylegan2": Family(StyleGAN2Generator, StyleGAN2Trunk, {"projection": MappedProjectionHead}),
+    "stargan": Family(StarGANGenerator, StarGANTrunk, {"auxiliary": PatchHead}),
 }
 HEADS = {
     "projection": ProjectionHead,
@@ -78,7 +80,10 @@ HEADS = {
 
 
 def build_generator(model: ModelConfig, data: DataConfig) -> nn.Module:
-    """A module latents [B, Z], labels int64 [B] → images [B, C, H, W] in [-1, 1]. Raises ConfigError."""
+    """A module latents [B, Z], labels int64 [B] → images [B, C, H, W] in [-1, 1]. Raises ConfigError.
+
+    Where `model.translates`, images [B, C, H, W] in [-1, 1] stand in place of the latents.
+    """
     return FAMILIES[model.family].generator(model, data)
 
 
@@ -87,7 +92,7 @@ def build_discriminator(model: ModelConfig, data: DataConfig) -> Discriminator:
     family = FAMILIES[model.family]
     trunk = family.trunk(model, data)
     head = (HEADS | family.heads)[model.conditioning]
-    return Discriminator(trunk, head(trunk.features, data.num_classes, trunk.layer))
+    return Discriminator(trunk, head.on(trunk, data.num_classes))
 
 
 @contextmanager

@@ -40,6 +40,11 @@ class Head(nn.Module):
     temperature = 1.0
     margin = 1.0
 
+    @classmethod
+    def on(cls, trunk: Trunk, num_classes: int) -> "Head":
+        """A new one for this trunk."""
+        return cls(trunk.features, num_classes, trunk.layer)
+
     def forward(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """features [B, F], labels int64 [B], −1 for none → logits [B], class_logits [B, K], evidence [B, E]"""
         evidence = self.weigh(features)
