@@ -3,25 +3,20 @@
 import argparse
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from gandist.arguments import add_checkpoint, positive
-from gandist.config import DataConfig
-from gandist.data import Dataset, open_dataset
-from gandist.data.collections import Collection, Files, Samples, image_folder
-from gandist.data.files import ImageFiles, is_folder_of_files
 from gandist.data.index import UNLABELLED
 from gandist.distributed import World, join_world, run
-from gandist.errors import ConfigError, DataError
+from gandist.errors import ConfigError
 from gandist.evaluation.classification import Classification
 from gandist.evaluation.evaluator import Evaluation, Record
+from gandist.given import open_images
 from gandist.tracking import evaluation_table
-from gandist.trained import BATCH_SIZE, TrainedGAN, load, shortened
+from gandist.trained import BATCH_SIZE, TrainedGAN, load
 
 EXAMPLES = """\
 examples:
@@ -66,7 +61,7 @@ def classify(
         raise ConfigError("this model was trained without classes: there is nothing to tell apart")
     verdicts = Classification(len(gan.class_names), world)
     predictions, labelled = [], 0
-    for images_of_one in _open_all(images, gan, world):
+    for images_of_one in open_images(images, gan, world):
         names = map(images_of_one.name, range(len(images_of_one)))
         for batch, labels, _ in images_of_one.evaluation_batches(BATCH_SIZE):
             probabilities = gan.classify(batch)
@@ -84,50 +79,6 @@ def _evaluate(verdicts: Classification, labelled: int) -> Evaluation:
     values = {"top1": report.top1, "top5": report.top5, "balanced_accuracy": report.balanced_accuracy}
     records = [Record(f"classification/{name}", value, n_real=labelled) for name, value in values.items() if value is not None]
     return Evaluation(records, report)
-
-
-def _open_all(images: Sequence[str], gan: TrainedGAN, world: World) -> Iterator[Dataset | ImageFiles]:
-    """In their order, but all files that are named one by one first."""
-    fitted = "center-crop" if gan.data.resize == "none" else gan.data.resize
-    changed = {"resize": fitted, "unlabelled": "allow", "in_memory": 0, "shuffle_block": 0}
-    data = DataConfig.model_validate(gan.data.model_dump() | changed)
-    files = [name for name in images if Path(name).is_file() and not name.endswith(".tar")]
-    if files:
-        samples = Samples(Files(Path(), files), np.arange(len(files)), np.full(len(files), UNLABELLED))
-        yield ImageFiles(Collection({"train": samples}, None), data, world, turned=True)
-    for spec in images:
-        if is_folder_of_files(spec):
-            yield ImageFiles(_numbered(image_folder(Path(spec)), spec, gan), data, world, turned=True)
-        elif spec not in files:
-            yield _open_shards(spec, data, gan, world)
-
-
-def _numbered(found: Collection, folder: str, gan: TrainedGAN) -> Collection:
-    """With the numbers that the classes have in the model, in place of those of the folder's own."""
-    if found.classes is None:
-        return found
-    try:
-        numbers = np.array([gan.class_number(name) for name in found.classes])
-    except ConfigError as error:
-        raise DataError(f"{folder} has a directory that is not named like a class of the model: {error}") from error
-    splits = {name: Samples(each.source, each.indices, _renumber(each.labels, numbers)) for name, each in found.splits.items()}
-    return Collection(splits, gan.class_names)
-
-
-def _renumber(labels: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    return np.where(labels == UNLABELLED, UNLABELLED, numbers[labels])
-
-
-def _open_shards(spec: str, data: DataConfig, gan: TrainedGAN, world: World) -> Dataset:
-    if "*" not in spec and "{" not in spec and ":" not in spec and not Path(spec).exists():
-        raise DataError(f"{spec}: no such file or folder")
-    dataset = open_dataset(spec, data, world)
-    if dataset.declared_classes not in ([], gan.class_names):
-        raise DataError(
-            f"{spec} has the classes {shortened(dataset.declared_classes)}, and the model {shortened(gan.class_names)}: their "
-            "numbers do not mean the same"
-        )
-    return dataset
 
 
 def _table(predictions: Sequence[Prediction]) -> str:

@@ -96,6 +96,13 @@ def model_card(gan: TrainedGAN, name: str, license: str) -> str:
     height, width = size_of(data.resolution)
     metadata = {"license": license, "library_name": "gandist", "tags": ["gan", "image-generation", "image-classification"]}
     metrics = "\n".join(f"| `{metric}` | {value:.4f} |" for metric, value in origin["metrics"].items())
+    shape = f"[1, {data.channels}, {height}, {width}]"
+    source, use = (
+        f"latents [B, {gan.model.latent_dim}], standard normal,",
+        f"images, labels = gan.generate(1)  # uint8 {shape}, [1]",
+    )
+    if gan.model.translates:
+        source, use = "images in [-1, 1]", f'images = gan.translate(["image.png"], 0)  # to this class, uint8 {shape}'
     kind = "grey" if data.channels == 1 else "RGB"
     classes = f"{len(gan.class_names)} classes: {', '.join(gan.class_names)}" if gan.class_names else "no classes"
     return f"""\
@@ -111,11 +118,11 @@ A generative adversarial network ({gan.model.family}, conditioning: {gan.model.c
 import gandist
 
 gan = gandist.load("{name}")
-images, labels = gan.generate(16)                # uint8 [16, {data.channels}, {height}, {width}]
-probabilities = gan.classify(["image.png"])      # [1, {len(gan.class_names)}], of images of any size
+{use}
+probabilities = gan.classify(["image.png"])  # [1, {len(gan.class_names)}], of images of any size
 ```
 
-`generator`: latents [B, {gan.model.latent_dim}], standard normal, and labels [B] → images in [-1, 1].
+`generator`: {source} and labels [B] → images in [-1, 1].
 `discriminator`: images in [-1, 1] and labels → logits, above 0 for real, and class logits.
 
 ## Training data
@@ -164,7 +171,10 @@ def _graphs(gan: TrainedGAN) -> dict[str, Graph]:
         return {"images": torch.rand(count, *shape, generator=chance) * 2 - 1, "labels": labels(count)}
 
     names = ["logits", "class_logits"] if gan.class_names else ["logits"]
-    return {"generator": Graph(gan.generator, to_generate, ["images"]), "discriminator": Graph(_Judging(gan), to_judge, names)}
+    generating = Graph(gan.generator, to_generate, ["images"])
+    if gan.model.translates:
+        generating = Graph(gan.generator, to_judge, ["translated"])
+    return {"generator": generating, "discriminator": Graph(_Judging(gan), to_judge, names)}
 
 
 def _export_graph(gan: TrainedGAN, graph: Graph, name: str, folder: Path, *, onnx: bool, torch_export: bool) -> None:

@@ -109,6 +109,22 @@ class TrainedGAN:
         return torch.cat([self._synthesize(some, labels, truncation) for some, labels in batches])
 
     @torch.no_grad()
+    def translate(self, images: torch.Tensor | Sequence[Picture], to: str | int) -> torch.Tensor:
+        """The images as ones of this class, uint8 [B, C, H, W], on the CPU; images: as of `classify`.
+
+        Raises ConfigError for a generator that makes images of latents, and as `classify` does.
+        """
+        if not self.model.translates:
+            raise ConfigError(f"model.family={self.model.family} makes images of latents: it generates and does not translate")
+        labels = torch.tensor([self.class_number(to)], device=self.device)
+        with full_float32():
+            parts = [
+                to_uint8(self.generator(normalize(some.to(self.device), torch.float32), labels.expand(len(some)))).cpu()
+                for some in self._uint8(images).split(BATCH_SIZE)
+            ]
+        return torch.cat(parts)
+
+    @torch.no_grad()
     def classify(self, images: torch.Tensor | Sequence[Picture]) -> torch.Tensor:
         """Probabilities of the classes, float32 [B, K], on the CPU; images: as `read` takes them, or uint8 [B, C, H, W].
 
@@ -116,13 +132,10 @@ class TrainedGAN:
         """
         if not self.class_names:
             raise ConfigError("this model was trained without classes: there is nothing to tell apart")
-        if not isinstance(images, torch.Tensor):
-            images = torch.stack([self.read(image) for image in images])
-        self.check(images)
         with full_float32():
             parts = [
                 self.discriminator.classify(normalize(some.to(self.device), torch.float32)).softmax(1).cpu()
-                for some in images.split(BATCH_SIZE)
+                for some in self._uint8(images).split(BATCH_SIZE)
             ]
         return torch.cat(parts)
 
@@ -141,14 +154,17 @@ class TrainedGAN:
             raise DataError(f"{where}{error.strerror if isinstance(error, OSError) else error}") from error
         return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
-    def check(self, images: torch.Tensor) -> None:
-        """Raises ConfigError unless these are uint8 [B, C, H, W] of the model's own C, H and W."""
+    def _uint8(self, images: torch.Tensor | Sequence[Picture]) -> torch.Tensor:
+        """uint8 [B, C, H, W]. Raises ConfigError for a tensor that is not so, of the model's own C, H and W."""
+        if not isinstance(images, torch.Tensor):
+            images = torch.stack([self.read(image) for image in images])
         wanted = (self.data.channels, *size_of(self.data.resolution))
         if images.dtype != torch.uint8 or images.shape[1:] != wanted:
             raise ConfigError(
                 f"the model takes uint8 images [B, {', '.join(map(str, wanted))}], not "
                 f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}: `read` makes them of files of any size"
             )
+        return images
 
     def _labels(self, numbers: np.ndarray, classes: Sequence[str | int]) -> torch.Tensor:
         """Of images of these numbers, int64 [N]: the classes in turn."""
@@ -156,7 +172,9 @@ class TrainedGAN:
         return torch.tensor(chosen)[numbers % len(chosen)]
 
     def _latents(self, numbers: Sequence[int], seed: int, truncation: float | None) -> torch.Tensor:
-        """float32 [N, Z]"""
+        """float32 [N, Z]. Raises ConfigError where images are not made of them."""
+        if self.model.translates:
+            raise ConfigError(f"model.family={self.model.family} makes images of images: it translates and does not generate")
         bound = None if truncates(self.generator) else truncation
         streams = (random_stream(seed, Purpose.GENERATION, number) for number in numbers)
         return torch.cat([draw_latents(stream, 1, self.model.latent_dim, bound) for stream in streams])

@@ -397,3 +397,56 @@ def train_and_evaluate(cache_dir: Path, run_dir: Path) -> dict[str, float]:
     config = gandist.load_config(None, [*overrides, "evaluation.metrics=[accuracy]"])
     evaluation = gandist.evaluate_run(gandist.train_run(config))
     return {record.metric: record.value for record in evaluation.records}
+
+
+@pytest.fixture(scope="module")
+def translating(tmp_path_factory, cache_dir: Path) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "translating"
+    options = [f"run_dir={run_dir}", f"data.cache_dir={cache_dir}", "train.kimg=0.064", "tracking.wandb=off"]
+    networks = ["model.generator_width=4", "model.discriminator_width=4", "evaluation.metrics=[]"]
+    result = launch(1, "gandist.train", "--config", str(ROOT / "configs" / "digits-translate.yaml"), *options, *networks)
+    assert result.returncode == 0, result.stderr
+    return run_dir
+
+
+def test_translate(translating: Path, gan: TrainedGAN, tmp_path: Path) -> None:
+    images, _ = gan.generate(4)
+    (tmp_path / "scans").mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image[0].numpy()).save(tmp_path / "scans" / f"{number}.png")
+    for output in ("out", "out.png"):
+        options = [str(tmp_path / "scans"), "--to", "7,3", "--output", str(tmp_path / output)]
+        result = launch(1, "gandist.translate", str(translating), *options)
+        assert result.returncode == 0, result.stderr
+    translator = gandist.load(translating, device="cpu")
+    expected = {name: translator.translate(images, name) for name in ("7", "3")}
+    with torch.no_grad():
+        literally = translator.generator(normalize(images, torch.float32), torch.full((4,), 7))
+    assert torch.equal(expected["7"], ((literally.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8))
+    grid = np.asarray(Image.open(tmp_path / "out.png").convert("L"))
+    for row in range(4):
+        for column, image in enumerate((images, expected["7"], expected["3"])):
+            top, left = 2 + 66 * row, 2 + 66 * column
+            assert np.array_equal(grid[top : top + 64 : 4, left : left + 64 : 4], image[row, 0].numpy())
+        for name in ("7", "3"):
+            found = np.asarray(Image.open(tmp_path / "out" / name / f"{row}.png"))
+            assert np.array_equal(found, expected[name][row, 0].numpy())
+    with pytest.raises(ConfigError, match="translates and does not generate"):
+        translator.generate(1)
+    with pytest.raises(ConfigError, match="generates and does not translate"):
+        gan.translate(images, 3)
+    (tmp_path / "more").mkdir()
+    shutil.copy(tmp_path / "scans" / "0.png", tmp_path / "more" / "0.png")
+    both = [str(tmp_path / "scans"), str(tmp_path / "more"), "--to", "7", "--output", str(tmp_path / "both")]
+    result = launch(1, "gandist.translate", str(translating), *both)
+    assert (result.returncode, len(result.stderr.splitlines())) == (1, 1)
+    assert "would both become 0.png" in result.stderr
+    assert not list(tmp_path.glob("both*"))
+
+
+def test_a_translator_is_exported(translating: Path, tmp_path: Path) -> None:
+    translator = gandist.load(translating, device="cpu")
+    export(translator, tmp_path / "out", onnx=True)
+    again = gandist.load(tmp_path / "out", device="cpu")
+    images = torch.randint(256, (3, 1, 16, 16), dtype=torch.uint8)
+    assert torch.equal(again.translate(images, "5"), translator.translate(images, "5"))
