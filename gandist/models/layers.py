@@ -124,8 +124,7 @@ class SyncBatchNorm(_BatchNorm):
 
     def _track(self, mean: torch.Tensor, var: torch.Tensor) -> None:
         self.num_batches_tracked += 1
-        for running, value in ((self.running_mean, mean), (self.running_var, var)):
-            _move(running, value, self.momentum)
+        _move([self.running_mean, self.running_var], [mean, var], self.momentum)
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -161,14 +160,18 @@ def track(running: torch.Tensor, value: torch.Tensor, momentum: float) -> None:
     """Moves a running mean toward the mean over ranks of a batch's value; every rank calls it. What is not finite is skipped,
     and recomputation."""
     if not _recomputing.get():
-        _move(running, mean_over_ranks(value.detach()), momentum)
+        _move([running], [mean_over_ranks(value.detach())], momentum)
 
 
 @torch.no_grad()
-def _move(running: torch.Tensor, value: torch.Tensor, momentum: float) -> None:
-    value = value.to(running.dtype)
+def _move(running: list[torch.Tensor], values: list[torch.Tensor], momentum: float) -> None:
+    """Of one shape: an element stays where it is unless all its values are finite."""
+    values = [value.to(each.dtype) for each, value in zip(running, values, strict=True)]
+    total = sum(values[1:], values[0])
+    finite = total - total == 0
+    values = [torch.where(finite, value, each) for each, value in zip(running, values, strict=True)]
     # Not `running.lerp_`, which functorch refuses in a `vjp`, where a compiled gradient penalty runs.
-    torch._foreach_lerp_([running], [torch.where(value.isfinite(), value, running)], momentum)
+    torch._foreach_lerp_(running, values, momentum)
 
 
 def rank_and_size() -> tuple[int, int]:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 FIRST_ITERATIONS = 15
+EPS = 1e-12  # the least norm of a vector
 
 
 class SpectralNorm(nn.Module):
@@ -20,19 +21,11 @@ class SpectralNorm(nn.Module):
         weight = weight.detach()
         self.register_buffer("u", F.normalize(weight.new_empty(weight.size(0)).normal_(), dim=0))
         self.register_buffer("v", F.normalize(weight.new_empty(weight[0].numel()).normal_(), dim=0))
-        self.iterate(weight, FIRST_ITERATIONS)
+        _iterate([self], [weight], FIRST_ITERATIONS)
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         with torch.autocast(weight.device.type, enabled=False):
             return weight / torch.dot(self.u, weight.flatten(1) @ self.v)
-
-    @torch.no_grad()
-    def iterate(self, weight: torch.Tensor, count: int = 1) -> None:
-        """Brings u and v closer to the singular vectors of σ."""
-        matrix = weight.flatten(1)
-        for _ in range(count):
-            self.u.copy_(F.normalize(matrix @ self.v, dim=0))
-            self.v.copy_(F.normalize(matrix.T @ self.u, dim=0))
 
 
 def spectral_norm(module: nn.Module) -> nn.Module:
@@ -43,6 +36,24 @@ def spectral_norm(module: nn.Module) -> nn.Module:
 
 def power_iteration(network: nn.Module, count: int = 1) -> None:
     """For every spectral norm of the network: one step is to be made before each update of its weights."""
-    for module in network.modules():
-        if isinstance(module, parametrize.ParametrizationList) and isinstance(module[0], SpectralNorm):
-            module[0].iterate(module.original, count)
+    lists = [module for module in network.modules() if isinstance(module, parametrize.ParametrizationList)]
+    normed = [each for each in lists if isinstance(each[0], SpectralNorm)]
+    if normed:
+        _iterate([each[0] for each in normed], [each.original for each in normed], count)
+
+
+@torch.no_grad()
+def _iterate(norms: list[SpectralNorm], weights: list[torch.Tensor], count: int) -> None:
+    """Brings u and v of each closer to the singular vectors of σ."""
+    matrices = [weight.flatten(1) for weight in weights]
+    us, vs = [norm.u for norm in norms], [norm.v for norm in norms]
+    for _ in range(count):
+        _set_normalized(us, [matrix @ v for matrix, v in zip(matrices, vs, strict=True)])
+        _set_normalized(vs, [u @ matrix for matrix, u in zip(matrices, us, strict=True)])
+
+
+def _set_normalized(vectors: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    norms = torch._foreach_norm(values)
+    torch._foreach_clamp_min_(norms, EPS)
+    torch._foreach_div_(values, norms)
+    torch._foreach_copy_(vectors, values)
