@@ -88,6 +88,8 @@ class DataConfig(Section):
     num_classes: Annotated[Integer, Field(ge=0)] = 10  # 0: no labels are read, the networks are unconditional
     label: Annotated[str, Field(pattern=r"^(cls|json:.+)$")] = "cls"  # or json:FIELD, a field of each sample's .json
     unlabelled: Literal["refuse", "allow"] = "refuse"  # what to do with samples that have no label
+    labelled: Annotated[Number, Field(gt=0, le=1)] = 1.0  # share of each class's images whose labels are trained with
+    labelled_seed: Annotated[Integer, Field(ge=0)] = 0  # which ones
     on_error: Literal["raise", "skip"] = "raise"  # skip: an image that cannot be used is replaced by its neighbour
     max_skip: Share = 0.001  # share of images that may be replaced so
     num_workers: Annotated[Integer, Field(ge=0)] = 1  # decoding processes a rank
@@ -104,6 +106,21 @@ class DataConfig(Section):
         if self.num_classes == 1:
             raise ValueError("num_classes=1: there is nothing to tell apart; 0 trains without classes")
         return self
+
+    @model_validator(mode="after")
+    def _labels_to_choose_from(self) -> "DataConfig":
+        if self.labelled < 1 and not self.num_classes:
+            raise ValueError(
+                f"labelled={self.labelled:g} is a share of the labels, of which num_classes=0 reads none: leave it out"
+            )
+        return self
+
+    @property
+    def without_label(self) -> str | None:
+        """The key by which images without a label may be trained with; None where it cannot be so."""
+        if self.labelled < 1:
+            return f"data.labelled={self.labelled:g}"
+        return "data.unlabelled=allow" if self.num_classes and self.unlabelled == "allow" else None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -454,10 +471,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _pairs_have_classes(self) -> "Config":
-        if self.loss.adversarial == "relativistic" and self.data.num_classes and self.data.unlabelled == "allow":
+        if self.loss.adversarial == "relativistic" and self.data.without_label:
             raise ValueError(
                 "loss.adversarial=relativistic pairs each real image with a generated one of its class: it cannot be used with "
-                "data.unlabelled=allow"
+                f"{self.data.without_label}"
             )
         return self
 
@@ -465,10 +482,10 @@ class Config(Section):
     def _unlabelled_images_have_a_logit(self) -> "Config":
         family = self.model.family
         alone = family in ("r3gan", "stylegan2") and self.model.conditioning == "projection"
-        if self.data.unlabelled == "allow" and alone:
+        if self.data.without_label and alone:
             raise ValueError(
-                f"data.unlabelled=allow: with model.family={family} and model.conditioning=projection the discriminator's "
-                "logit is the match of image and label alone: say model.conditioning=auxiliary, or data.unlabelled=refuse"
+                f"{self.data.without_label}: with model.family={family} and model.conditioning=projection the discriminator's "
+                "logit is the match of image and label alone: say model.conditioning=auxiliary, or train with all labels"
             )
         return self
 
