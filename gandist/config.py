@@ -154,7 +154,7 @@ class ModelConfig(Section):
     minibatch_std: Annotated[Integer, Field(ge=0)] = 4  # stylegan2: images whose spread the discriminator sees; 0: it does not
     discriminator_architecture: Literal["resnet", "plain"] = "resnet"  # stylegan2
     conditioning: Literal[
-        "projection", "auxiliary", "twin_auxiliary", "adc", "contrastive", "d2d_ce", "multi_hinge", "none"
+        "projection", "auxiliary", "twin_auxiliary", "adc", "contrastive", "d2d_ce", "multi_hinge", "k_plus_one", "none"
     ] = "projection"  # of the discriminator
 
     @model_validator(mode="after")
@@ -193,6 +193,7 @@ class LossConfig(Section):
     top_k: Scheduled[Annotated[Number, Field(gt=0, le=1)]] = (
         1.0  # share of its images, the best, that the generator learns from
     )
+    feature_matching_weight: NotNegative = 0.0  # of the generator matching the mean features of real images
     conditioning_weight: NotNegative = (
         1.0  # of the conditioning's own loss: twin_auxiliary, adc, contrastive, d2d_ce, multi_hinge
     )

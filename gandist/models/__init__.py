@@ -17,6 +17,7 @@ from gandist.models.heads import (
     DiscriminativeClassifierHead,
     Discriminator,
     DiscriminatorOutput,
+    KPlusOneHead,
     MultiHingeHead,
     ProjectionHead,
     PureProjectionHead,
@@ -69,6 +70,7 @@ HEADS = {
     "contrastive": ContrastiveHead,
     "d2d_ce": D2DCEHead,
     "multi_hinge": MultiHingeHead,
+    "k_plus_one": KPlusOneHead,
     "none": UnconditionalHead,
 }
 
