@@ -193,12 +193,21 @@ class LossConfig(Section):
     top_k: Scheduled[Annotated[Number, Field(gt=0, le=1)]] = (
         1.0  # share of its images, the best, that the generator learns from
     )
+    generator_weight: NotNegative = 1.0  # of the generator's adversarial loss
     feature_matching_weight: NotNegative = 0.0  # of the generator matching the mean features of real images
     conditioning_weight: NotNegative = (
         1.0  # of the conditioning's own loss: twin_auxiliary, adc, contrastive, d2d_ce, multi_hinge
     )
     temperature: Positive = 0.5  # of the comparisons of contrastive and d2d_ce
     margin: Share = 0.98  # d2d_ce: the cosine to its class's proxy that is near enough, and 1 − margin to others far enough
+
+    @model_validator(mode="after")
+    def _generator_learns(self) -> "LossConfig":
+        if not (self.generator_weight or self.feature_matching_weight):
+            raise ValueError(
+                "generator_weight=0: the generator then learns by loss.feature_matching_weight, which is 0 as well"
+            )
+        return self
 
     @property
     def has_penalty(self) -> bool:
@@ -220,7 +229,9 @@ class AugmentationConfig(Section):
     """What is done to images before the discriminator sees them."""
 
     xflip: bool = False  # whether half of the real images, by chance, are mirrored
-    pipe: Literal["none", "diffaugment", "ada", "r3gan"] = "none"  # of real and generated images, within the game
+    pipe: Literal["none", "translation", "diffaugment", "ada", "r3gan"] = (
+        "none"  # of real and generated images, within the game
+    )
     probability: Scheduled[Share] = 1.0  # of each of its transformations
     target: Annotated[Number, Field(ge=-1, le=1)] | None = None  # the mean sign of real images' logits that it adapts to
     speed_kimg: Positive = 500.0  # in which it can adapt from 0 to 1
@@ -436,6 +447,11 @@ class Config(Section):
             raise ValueError(
                 f"classification.detach=true and model.conditioning={conditioning} exclude each other: the generator learns "
                 "its classes from the class head alone; choose another conditioning"
+            )
+        if self.classification.detach and conditioning == "k_plus_one":
+            raise ValueError(
+                "classification.detach=true and model.conditioning=k_plus_one exclude each other: the class logits are the "
+                "adversarial one; choose another conditioning"
             )
         return self
 

@@ -255,6 +255,7 @@ class GeneratorObjective(nn.Module):
         self.adversarial = ADVERSARIAL_LOSSES[loss.adversarial]
         self.class_weight = config.classification.weight if opponent.network.head.guides_generator else 0.0
         self.conditioning_weight = loss.conditioning_weight
+        self.adversarial_weight = loss.generator_weight
         self.top_k = loss.top_k
         self.feature_matching_weight = loss.feature_matching_weight
         self.orthogonal_weight = loss.orthogonal_weight
@@ -329,7 +330,7 @@ class GeneratorObjective(nn.Module):
             losses = self.adversarial.generator(*judged)
             if self.top_k != 1:
                 losses = losses * weights_of_best(fake.logits, value_at(self.top_k, seen), together=self.training)
-            terms.append(Term("loss/generator", losses.mean()))
+            terms.append(Term("loss/generator", losses.mean(), self.adversarial_weight))
         if self.class_weight:
             classification = cross_entropy(fake.class_logits, labels).mean()
             terms.append(Term("loss/generator_classification", classification, self.class_weight))

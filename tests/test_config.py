@@ -102,6 +102,21 @@ def test_all_mistakes_are_shown_at_once(tmp_path: Path) -> None:
             "{model: {family: stylegan2}, data: {unlabelled: allow}}",
             "with model.family=stylegan2 and model.conditioning=projection the discriminator's logit is the match",
         ),
+        (
+            "{model: {family: r3gan}, data: {labelled: 0.1}}",
+            "data.labelled=0.1: with model.family=r3gan and model.conditioning=projection the discriminator's logit is",
+        ),
+        (
+            "{loss: {adversarial: relativistic}, data: {labelled: 0.25}}",
+            "one of its class: it cannot be used with data.labelled=0.25",
+        ),
+        ("loss: {generator_weight: 0}", "learns by loss.feature_matching_weight, which is 0 as well"),
+        ("data: {labelled: 0}", "data.labelled: Input should be greater than 0"),
+        ("{data: {labelled: 0.5, num_classes: 0}, model: {conditioning: none}}", "of which num_classes=0 reads none: leave it"),
+        (
+            "{model: {conditioning: k_plus_one}, classification: {detach: true}}",
+            "the class logits are the adversarial one; choose another",
+        ),
         ("data: {train: a.tar}", "data.test is the built-in digits but data.train is not"),
         ("data: {train: a.tar, test: b.tar}", "fd_classifier, gan_test, whose judge knows only the built-in digits"),
         ("data: {train: 5}", r"1 mistake\(s\)\n  data.train: a text, or a list of texts, is wanted \(got 5\)"),

@@ -32,6 +32,7 @@ BASE = [
     "model.generator_width=4",
     "model.discriminator_width=4",
 ]
+K_PLUS_ONE = ["model.conditioning=k_plus_one", "loss.adversarial=non_saturating", "data.labelled=0.5"]
 STYLES = ["model.family=stylegan2", "model.max_width=8", "model.mapping_layers=2"]
 
 Gradients = dict[str, torch.Tensor]
@@ -388,14 +389,15 @@ class KPlusOne(Literal):
     def generator(self, x):
         fake = self.G(x.latents, x.labels)
         classification = CLASS_WEIGHT * self.cross_entropy(self.D(fake, x.labels).class_logits, x.labels)
-        return -torch.log(self.real(fake, x.labels)).mean() + classification
+        return self.loss.generator_weight * -torch.log(self.real(fake, x.labels)).mean() + classification
 
 
-class FeatureMatching(Literal):
-    def extra_g(self, x, fake):
+class FeatureMatching(KPlusOne):
+    def generator(self, x):
+        fake = self.G(x.latents, x.labels)
         features = [self.D.trunk(images) for images in (x.real, fake)]
         real, made = (mean([*each]) for each in features)
-        return self.loss.feature_matching_weight * ((real - made) ** 2).sum()
+        return super().generator(x) + self.loss.feature_matching_weight * ((real - made) ** 2).sum()
 
 
 class Contrastive(Literal):
@@ -519,8 +521,9 @@ CASES: dict[str, tuple[type[Literal], list[str]]] = {
     "twin_auxiliary": (TwinAuxiliary, ["model.conditioning=twin_auxiliary", "loss.conditioning_weight=0.6"]),
     "adc": (DiscriminativeClassifier, ["model.conditioning=adc", "loss.conditioning_weight=0.6", "data.unlabelled=allow"]),
     "multi_hinge": (MultiHinge, ["model.conditioning=multi_hinge", "data.unlabelled=allow"]),
-    "k_plus_one": (KPlusOne, ["model.conditioning=k_plus_one", "loss.adversarial=non_saturating", "data.labelled=0.5"]),
-    "feature matching": (FeatureMatching, ["loss.feature_matching_weight=3", "data.labelled=0.5"]),
+    "k_plus_one": (KPlusOne, K_PLUS_ONE),
+    "feature matching": (FeatureMatching, [*K_PLUS_ONE, "loss.feature_matching_weight=3", "loss.generator_weight=0"]),
+    "both": (FeatureMatching, [*K_PLUS_ONE, "loss.feature_matching_weight=3", "loss.generator_weight=0.4"]),
     "contrastive": (Contrastive, ["model.conditioning=contrastive", "loss.conditioning_weight=0.6", "data.unlabelled=allow"]),
     "d2d_ce": (D2DCE, ["model.conditioning=d2d_ce", "loss.temperature=0.4", "loss.margin=0.9", "data.unlabelled=allow"]),
     "diffaugment": (Augmented, ["augmentation.pipe=diffaugment", "augmentation.probability=0.6", "loss.r1_gamma=3"]),
