@@ -462,6 +462,11 @@ class Config(Section):
                 "model.conditioning=multi_hinge is the hinge loss of several classes: say loss.adversarial=hinge, not "
                 f"{self.loss.adversarial}"
             )
+        if self.model.conditioning == "multi_hinge" and self.loss.generator_weight != 1:
+            raise ValueError(
+                "loss.generator_weight is of the adversarial loss, in place of which model.conditioning=multi_hinge has its "
+                "own: say loss.conditioning_weight"
+            )
         return self
 
     @model_validator(mode="after")

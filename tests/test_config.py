@@ -110,6 +110,7 @@ def test_all_mistakes_are_shown_at_once(tmp_path: Path) -> None:
             "{loss: {adversarial: relativistic}, data: {labelled: 0.25}}",
             "one of its class: it cannot be used with data.labelled=0.25",
         ),
+        ("{model: {conditioning: multi_hinge}, loss: {generator_weight: 2}}", "own: say loss.conditioning_weight"),
         ("loss: {generator_weight: 0}", "learns by loss.feature_matching_weight, which is 0 as well"),
         ("data: {labelled: 0}", "data.labelled: Input should be greater than 0"),
         ("{data: {labelled: 0.5, num_classes: 0}, model: {conditioning: none}}", "of which num_classes=0 reads none: leave it"),
