@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from gandist import checkpoint
 from gandist.train import main
-from tests.ranks import run_ranks
+from tests.ranks import ROOT, run_ranks
 
 BATCH_SIZE = 16
 STEPS = 20
@@ -98,6 +98,8 @@ SETTINGS = {
         "optimizer.betas=[0.0, {start: 0.9, end: 0.99, kimg: 0.2}]",
     ),
     "consistent": (
+        "data.labelled=0.3",
+        "loss.feature_matching_weight=0.1",
         "loss.adversarial=non_saturating",
         "loss.dragan_lambda=1",
         "loss.lecam_weight=0.1",
@@ -134,11 +136,11 @@ def test_resume_is_exact(tmp_path: Path, cache_dir: Path) -> None:
     assert_same_run(straight, one_life, 1e-9)
 
 
-def test_resume_is_exact_where_the_generator_takes_real_images_too(tmp_path: Path, cache_dir: Path) -> None:
-    paired = "loss.adversarial=relativistic"
-    train(tmp_path / "straight", cache_dir, 2, paired)
-    train(tmp_path / "resumed", cache_dir, 2, paired, f"train.kimg={KIMG / 2}")
-    train(tmp_path / "resumed", cache_dir, 2, paired)
+@pytest.mark.parametrize("settings", ["loss.adversarial=relativistic", f"--config={ROOT / 'configs/digits-10pct.yaml'}"])
+def test_resume_is_exact_where_the_generator_takes_real_images_too(tmp_path: Path, cache_dir: Path, settings: str) -> None:
+    train(tmp_path / "straight", cache_dir, 2, settings)
+    train(tmp_path / "resumed", cache_dir, 2, settings, f"train.kimg={KIMG / 2}")
+    train(tmp_path / "resumed", cache_dir, 2, settings)
     assert_same_run(tmp_path / "straight", tmp_path / "resumed", 0)
 
 
