@@ -32,7 +32,7 @@ ALONE = {  # name → what the training on labelled images has other than the GA
 GAN = "gan"
 STEPS = 2400
 BATCH_SIZE = 64
-LEARNING_RATE = 1e-3
+LEARNING_RATE = 3e-3
 ACCURACY = "classification/test_top1"
 OTHERS = ("eval/gan_test", "eval/fd_classifier")
 
