@@ -30,7 +30,7 @@ ALONE = {  # name → what the training on labelled images has other than the GA
     "alone, translated": [],
 }
 GAN = "gan"
-STEPS = 2400
+STEPS = 5000
 BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
 ACCURACY = "classification/test_top1"
