@@ -265,13 +265,18 @@ class GeneratorObjective(nn.Module):
         self.latent_noise = consistency.latent_noise
         self.columns = Columns(
             fake=opponent.augmentation.columns,
-            real=opponent.augmentation.columns if self.wants_real else 0,
+            real=opponent.augmentation.columns if self.judges_real else 0,
             near=config.model.latent_dim if self.diversity_weight else 0,
         )
 
     @property
     def wants_real(self) -> bool:
         """Whether its update takes real images, too."""
+        return self.judges_real
+
+    @property
+    def judges_real(self) -> bool:
+        """Whether its loss takes what the discriminator says of real images."""
         return self.adversarial.paired or self.feature_matching_weight > 0
 
     def generate(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -302,7 +307,7 @@ class GeneratorObjective(nn.Module):
             self._generate_with_path_length(latents, labels) if lengthy else (self.generate(latents, labels), None)
         )
         verdict = opponent.judge(Batch(fake, labels, parts["fake"]), seen)
-        if self.wants_real:
+        if self.judges_real:
             with torch.no_grad():
                 of_real = opponent.judge(Batch(real, real_labels, parts["real"]), seen)
         judged = [verdict.logits, of_real.logits] if self.adversarial.paired else [verdict.logits]

@@ -87,13 +87,13 @@ class Dataset:
         sizes = self.shards.shard_sizes
         order = SampleOrder(sizes, seed=seed, shuffle_block=config.shuffle_block, lanes=config.lanes)
         placement = {"local_rank": world.local_rank, "local_size": world.local_size}
-        read = self._read if self.labelled is None else HiddenLabels(self._read, self.labelled)
+        read = None if self.labelled is None else HiddenLabels(self._read, self.labelled)
         return self._batches(TrainingBatches(order, batch_size, world.rank, world.size, start, **placement), read)
 
     def evaluation_batches(self, batch_size: int, limit: int | None = None) -> Iterator[DeviceBatch]:
         """This rank's share of all samples, or of `limit` that are evenly spaced, each once over the ranks."""
         world = self._world
-        return self._batches(EvaluationBatches(self.shards.shard_sizes, batch_size, world.rank, world.size, limit), self._read)
+        return self._batches(EvaluationBatches(self.shards.shard_sizes, batch_size, world.rank, world.size, limit))
 
     def some(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Images uint8 [N, C, H, W] and labels [N], on the CPU: evenly spaced, or the first where they come from afar."""
@@ -106,10 +106,10 @@ class Dataset:
         """One image as it lies in its shard."""
         return self.shards.read([sample])[0].image
 
-    def _batches(self, batches: Batches, read: Reader) -> Iterator[DeviceBatch]:
+    def _batches(self, batches: Batches, read: Reader | None = None) -> Iterator[DeviceBatch]:
         device = self._world.device
         options = {"num_workers": self._num_workers, "pin_memory": device.type == "cuda"}
-        return on_device(load_batches(read, batches, self.shards, **options), device)
+        return on_device(load_batches(read or self._read, batches, self.shards, **options), device)
 
 
 def open_dataset(spec: ShardSpec, config: DataConfig, world: World, *, split: str = "train") -> Dataset:
