@@ -32,9 +32,19 @@ def shift_and_flip(images: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor
     images [B, C, H, W], uniforms [B, 3] in [0, 1) → [B, C, H, W]
     """
     mirrored, down, right = uniforms.unbind(1)
-    height, width = images.shape[2:]
-    rows, columns = _reflect(_shifted(down, height), height), _reflect(_shifted(right, width), width)
-    return _take(flip(images, mirrored), rows[:, :, None], columns[:, None])
+    return _shift(flip(images, mirrored), down, right)
+
+
+class Translation(nn.Module):
+    """A shift by whole pixels, up to an eighth of the size either way, and nothing else: for images that are not to be mirrored
+    or turned, as digits and letters. What comes in at the edge is a reflection."""
+
+    columns = 3  # uniform numbers that one image wants
+
+    def forward(self, images: torch.Tensor, uniforms: torch.Tensor, probability: torch.Tensor) -> torch.Tensor:
+        """images [B, C, H, W], uniforms [B, 3] in [0, 1), probability [] → [B, C, H, W]"""
+        chosen, down, right = uniforms.unbind(1)
+        return torch.where(_per_image(chosen < probability), _shift(images, down, right), images)
 
 
 class DiffAugment(nn.Module):
@@ -276,6 +286,13 @@ def _turn(cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     return torch.stack([cos, -sin, sin, cos], 1).unflatten(1, (2, 2))
 
 
+def _shift(images: torch.Tensor, down: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """images [B, C, H, W], uniforms [B] for each axis → [B, C, H, W], moved by up to an eighth, reflected at the edges"""
+    height, width = images.shape[2:]
+    rows, columns = _reflect(_shifted(down, height), height), _reflect(_shifted(right, width), width)
+    return _take(images, rows[:, :, None], columns[:, None])
+
+
 def _shifted(uniforms: torch.Tensor, size: int) -> torch.Tensor:
     """Rows or columns int64 [B, size], moved by whole numbers of up to an eighth of them either way; some are outside then."""
     most = int(size / 8 + 0.5)
@@ -312,6 +329,7 @@ ADA = dict.fromkeys((name for name in COLUMNS if name != "cutout"), 1.0)
 R3GAN = {name: 0.5 if name in ("brightness", "contrast", *OF_COLOURS) else 1.0 for name in COLUMNS}
 
 AUGMENTATIONS: dict[str, Callable[[int], nn.Module]] = {  # of so many channels
+    "translation": lambda channels: Translation(),
     "diffaugment": lambda channels: DiffAugment(),
     "ada": lambda channels: AdaptiveAugment(channels, ADA),
     "r3gan": lambda channels: AdaptiveAugment(channels, R3GAN),

@@ -89,6 +89,8 @@ class DataConfig(Section):
     num_classes: Annotated[Integer, Field(ge=0)] = 10  # 0: no labels are read, the networks are unconditional
     label: Annotated[str, Field(pattern=r"^(cls|json:.+)$")] = "cls"  # or json:FIELD, a field of each sample's .json
     unlabelled: Literal["refuse", "allow"] = "refuse"  # what to do with samples that have no label
+    labelled: Annotated[Number, Field(gt=0, le=1)] = 1.0  # share of each class's images whose labels are trained with
+    labelled_seed: Annotated[Integer, Field(ge=0)] = 0  # which ones
     on_error: Literal["raise", "skip"] = "raise"  # skip: an image that cannot be used is replaced by its neighbour
     max_skip: Share = 0.001  # share of images that may be replaced so
     num_workers: Annotated[Integer, Field(ge=0)] = 1  # decoding processes a rank
@@ -105,6 +107,21 @@ class DataConfig(Section):
         if self.num_classes == 1:
             raise ValueError("num_classes=1: there is nothing to tell apart; 0 trains without classes")
         return self
+
+    @model_validator(mode="after")
+    def _labels_to_choose_from(self) -> "DataConfig":
+        if self.labelled < 1 and not self.num_classes:
+            raise ValueError(
+                f"labelled={self.labelled:g} is a share of the labels, of which num_classes=0 reads none: leave it out"
+            )
+        return self
+
+    @property
+    def without_label(self) -> str | None:
+        """The key by which images without a label may be trained with; None where it cannot be so."""
+        if self.labelled < 1:
+            return f"data.labelled={self.labelled:g}"
+        return "data.unlabelled=allow" if self.num_classes and self.unlabelled == "allow" else None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -138,7 +155,7 @@ class ModelConfig(Section):
     minibatch_std: Annotated[Integer, Field(ge=0)] = 4  # stylegan2: images whose spread the discriminator sees; 0: it does not
     discriminator_architecture: Literal["resnet", "plain"] = "resnet"  # stylegan2
     conditioning: Literal[
-        "projection", "auxiliary", "twin_auxiliary", "adc", "contrastive", "d2d_ce", "multi_hinge", "none"
+        "projection", "auxiliary", "twin_auxiliary", "adc", "contrastive", "d2d_ce", "multi_hinge", "k_plus_one", "none"
     ] = "projection"  # of the discriminator
 
     @property
@@ -184,11 +201,21 @@ class LossConfig(Section):
     top_k: Scheduled[Annotated[Number, Field(gt=0, le=1)]] = (
         1.0  # share of its images, the best, that the generator learns from
     )
+    generator_weight: NotNegative = 1.0  # of the generator's adversarial loss
+    feature_matching_weight: NotNegative = 0.0  # of the generator matching the mean features of real images
     conditioning_weight: NotNegative = (
         1.0  # of the conditioning's own loss: twin_auxiliary, adc, contrastive, d2d_ce, multi_hinge
     )
     temperature: Positive = 0.5  # of the comparisons of contrastive and d2d_ce
     margin: Share = 0.98  # d2d_ce: the cosine to its class's proxy that is near enough, and 1 − margin to others far enough
+
+    @model_validator(mode="after")
+    def _generator_learns(self) -> "LossConfig":
+        if not (self.generator_weight or self.feature_matching_weight):
+            raise ValueError(
+                "generator_weight=0: the generator then learns by loss.feature_matching_weight, which is 0 as well"
+            )
+        return self
 
     @property
     def has_penalty(self) -> bool:
@@ -210,7 +237,9 @@ class AugmentationConfig(Section):
     """What is done to images before the discriminator sees them."""
 
     xflip: bool = False  # whether half of the real images, by chance, are mirrored
-    pipe: Literal["none", "diffaugment", "ada", "r3gan"] = "none"  # of real and generated images, within the game
+    pipe: Literal["none", "translation", "diffaugment", "ada", "r3gan"] = (
+        "none"  # of real and generated images, within the game
+    )
     probability: Scheduled[Share] = 1.0  # of each of its transformations
     target: Annotated[Number, Field(ge=-1, le=1)] | None = None  # the mean sign of real images' logits that it adapts to
     speed_kimg: Positive = 500.0  # in which it can adapt from 0 to 1
@@ -432,6 +461,11 @@ class Config(Section):
                 f"classification.detach=true and model.conditioning={conditioning} exclude each other: the generator learns "
                 "its classes from the class head alone; choose another conditioning"
             )
+        if self.classification.detach and conditioning == "k_plus_one":
+            raise ValueError(
+                "classification.detach=true and model.conditioning=k_plus_one exclude each other: the class logits are the "
+                "adversarial one; choose another conditioning"
+            )
         return self
 
     @model_validator(mode="after")
@@ -440,6 +474,11 @@ class Config(Section):
             raise ValueError(
                 "model.conditioning=multi_hinge is the hinge loss of several classes: say loss.adversarial=hinge, not "
                 f"{self.loss.adversarial}"
+            )
+        if self.model.conditioning == "multi_hinge" and self.loss.generator_weight != 1:
+            raise ValueError(
+                "loss.generator_weight is of the adversarial loss, in place of which model.conditioning=multi_hinge has its "
+                "own: say loss.conditioning_weight"
             )
         return self
 
@@ -467,6 +506,7 @@ class Config(Section):
         reasons = {
             "data.num_classes=0": (self.data.num_classes == 0, "translates images from class to class"),
             "data.unlabelled=allow": (self.data.unlabelled == "allow", "translates images back to the class that they had"),
+            "data.labelled": (self.data.labelled < 1, "translates images back to the class that they had"),
             "loss.adversarial=relativistic": (
                 self.loss.adversarial == "relativistic",
                 "makes of an image of one class one of another, and has no pairs of a class",
@@ -496,10 +536,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _pairs_have_classes(self) -> "Config":
-        if self.loss.adversarial == "relativistic" and self.data.num_classes and self.data.unlabelled == "allow":
+        if self.loss.adversarial == "relativistic" and self.data.without_label:
             raise ValueError(
                 "loss.adversarial=relativistic pairs each real image with a generated one of its class: it cannot be used with "
-                "data.unlabelled=allow"
+                f"{self.data.without_label}"
             )
         return self
 
@@ -507,10 +547,10 @@ class Config(Section):
     def _unlabelled_images_have_a_logit(self) -> "Config":
         family = self.model.family
         alone = family in ("r3gan", "stylegan2") and self.model.conditioning == "projection"
-        if self.data.unlabelled == "allow" and alone:
+        if self.data.without_label and alone:
             raise ValueError(
-                f"data.unlabelled=allow: with model.family={family} and model.conditioning=projection the discriminator's "
-                "logit is the match of image and label alone: say model.conditioning=auxiliary, or data.unlabelled=refuse"
+                f"{self.data.without_label}: with model.family={family} and model.conditioning=projection the discriminator's "
+                "logit is the match of image and label alone: say model.conditioning=auxiliary, or train with all labels"
             )
         return self
 

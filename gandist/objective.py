@@ -17,6 +17,7 @@ from gandist.penalties import (
     PERTURBATION,
     LeCam,
     PathLength,
+    feature_distance,
     gradient_of,
     interpolate,
     one_centered,
@@ -60,6 +61,7 @@ class Verdict(NamedTuple):
     logits: torch.Tensor  # [B]
     class_logits: torch.Tensor  # [B, K]
     evidence: torch.Tensor  # [B, E]
+    features: torch.Tensor  # [B, F]
     gradient: torch.Tensor | None = None  # of the logits with respect to the images, [B, C, H, W]
 
 
@@ -123,7 +125,8 @@ class DiscriminatorObjective(nn.Module):
         images = self.augmentation(batch.images, batch.uniforms, seen)
         with self.autocast():
             output = self.network(images, batch.labels)
-        return Verdict(*(each.to(images.dtype) for each in (output.logits, output.class_logits, output.evidence)))
+        said = output.logits, output.class_logits, output.evidence, output.features
+        return Verdict(*(each.to(images.dtype) for each in said))
 
     def forward(
         self,
@@ -188,7 +191,7 @@ class DiscriminatorObjective(nn.Module):
     def _judge_with_gradient(self, batch: Batch, seen: torch.Tensor) -> Verdict:
         def judge(images: torch.Tensor) -> tuple[torch.Tensor, Verdict]:
             verdict = self.judge(batch._replace(images=images), seen)
-            return verdict.logits, tuple(verdict[:3])
+            return verdict.logits, tuple(verdict[:4])
 
         gradient, verdict = gradient_of(judge, batch.images)
         return Verdict(*verdict, gradient)
@@ -252,7 +255,9 @@ class GeneratorObjective(nn.Module):
         self.adversarial = ADVERSARIAL_LOSSES[loss.adversarial]
         self.class_weight = config.classification.weight if opponent.network.head.guides_generator else 0.0
         self.conditioning_weight = loss.conditioning_weight
+        self.adversarial_weight = loss.generator_weight
         self.top_k = loss.top_k
+        self.feature_matching_weight = loss.feature_matching_weight
         self.orthogonal_weight = loss.orthogonal_weight
         self.path_length = PathLength() if loss.path_length_weight else None
         self.path_length_weight = loss.path_length_weight * loss.path_length_every
@@ -262,14 +267,19 @@ class GeneratorObjective(nn.Module):
         self.latent_noise = consistency.latent_noise
         self.columns = Columns(
             fake=opponent.augmentation.columns,
-            real=opponent.augmentation.columns if self.adversarial.paired else 0,
+            real=opponent.augmentation.columns if self.judges_real else 0,
             near=config.model.latent_dim if self.diversity_weight else 0,
         )
 
     @property
     def wants_real(self) -> bool:
         """Whether its update takes real images, too."""
-        return self.adversarial.paired or self.translates
+        return self.judges_real or self.translates
+
+    @property
+    def judges_real(self) -> bool:
+        """Whether its loss takes what the discriminator says of real images."""
+        return self.adversarial.paired or self.feature_matching_weight > 0
 
     def generate(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """latents [B, Z], or images [B, C, H, W] that are translated, labels int64 [B] → images [B, C, H, W] in [-1, 1], of the
@@ -301,11 +311,14 @@ class GeneratorObjective(nn.Module):
             self._generate_with_path_length(latents, labels) if lengthy else (self.generate(latents, labels), None)
         )
         verdict = opponent.judge(Batch(fake, labels, parts["fake"]), seen)
-        judged = [verdict.logits]
-        if self.adversarial.paired:
+        if self.judges_real:
             with torch.no_grad():
-                judged.append(opponent.judge(Batch(real, labels, parts["real"]), seen).logits)
+                of_real = opponent.judge(Batch(real, real_labels, parts["real"]), seen)
+        judged = [verdict.logits, of_real.logits] if self.adversarial.paired else [verdict.logits]
         terms = self._adversarial_terms(verdict, labels, judged, seen)
+        if self.feature_matching_weight:
+            distance = feature_distance(of_real.features, verdict.features, together=self.training)
+            terms.append(Term("loss/feature_matching", distance, self.feature_matching_weight))
         if lengthy:
             terms.append(Term("penalty/path_length", path_length, self.path_length_weight))
         if self.reconstruction_weight:
@@ -332,7 +345,7 @@ class GeneratorObjective(nn.Module):
             losses = self.adversarial.generator(*judged)
             if self.top_k != 1:
                 losses = losses * weights_of_best(fake.logits, value_at(self.top_k, seen), together=self.training)
-            terms.append(Term("loss/generator", losses.mean()))
+            terms.append(Term("loss/generator", losses.mean(), self.adversarial_weight))
         if self.class_weight:
             classification = cross_entropy(fake.class_logits, labels).mean()
             terms.append(Term("loss/generator_classification", classification, self.class_weight))

@@ -137,6 +137,16 @@ class PathLength(nn.Module):
         return images, (lengths - self.mean.to(lengths.dtype)).square().mean()
 
 
+def feature_distance(real: torch.Tensor, fake: torch.Tensor, *, together: bool) -> torch.Tensor:
+    """‖E f(x) − E f(G(z))‖² of features [B, F], the means over the global batch: feature matching (Salimans et al. 2016,
+    1606.03498, section 3.1).
+
+    together: whether other ranks do the same
+    """
+    difference = real.mean(0) - fake.mean(0)
+    return (mean_over_ranks(difference) if together else difference).square().sum()
+
+
 def weights_of_best(logits: torch.Tensor, share: float | torch.Tensor, *, together: bool) -> torch.Tensor:
     """[B]: 0 for all but the share of the global batch with the highest logits [B], so that the others' mean over it is theirs
     (top-k training, Sinha et al. 2020, 2002.06224).

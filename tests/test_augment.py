@@ -18,6 +18,7 @@ from gandist.augment import (
     AdaptiveAugment,
     AdaptiveProbability,
     DiffAugment,
+    Translation,
     flip,
     shift_and_flip,
 )
@@ -269,6 +270,17 @@ def test_diffaugment_is_the_papers() -> None:
         np.testing.assert_allclose(result, x, rtol=0, atol=1e-12)
 
 
+def test_translation_is_a_shift_of_the_reflected_image() -> None:
+    height, width = 16, 9
+    images, uniforms = noise(40, 3, height, width), draw(40, 3).double()
+    found = Translation()(images, uniforms, ALWAYS).numpy()
+    for image, (_, down, right), result in zip(images.numpy(), uniforms.numpy(), found, strict=True):
+        # 16/8 and 9/8 pixels are 2 and 1.
+        padded = np.pad(image, ((0, 0), (2, 2), (1, 1)), "reflect")
+        first, second = 2 - (int(down * 5) - 2), 1 - (int(right * 3) - 1)
+        np.testing.assert_array_equal(result, padded[:, first : first + height, second : second + width])
+
+
 # Chances.
 
 
@@ -303,7 +315,7 @@ def test_transforms_of_diffaugment_are_independent() -> None:
 
 def test_pipes() -> None:
     """Grey images have no colours; R3GAN halves the chances of all colour transforms."""
-    assert [make(3).columns for make in AUGMENTATIONS.values()] == [12, 31, 31]
+    assert [make(3).columns for make in AUGMENTATIONS.values()] == [3, 12, 31, 31]
     ada, r3gan = AUGMENTATIONS["ada"](3).strengths, AUGMENTATIONS["r3gan"](3).strengths
     assert ada == dict.fromkeys(GEOMETRIC + COLOURS, 1.0) | {"cutout": 0.0}
     assert r3gan == dict.fromkeys(GEOMETRIC, 1.0) | dict.fromkeys(COLOURS, 0.5) | {"cutout": 1.0}

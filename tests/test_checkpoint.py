@@ -24,7 +24,7 @@ from gandist import checkpoint
 from gandist.checkpoint import retention, saving
 from gandist.checkpoint.__main__ import main as command
 from gandist.checkpoint.tensors import flatten, share
-from gandist.config import CheckpointConfig, Config, ModelConfig
+from gandist.config import CheckpointConfig, Config, DataConfig, ModelConfig
 from gandist.config_file import load_config
 from gandist.distributed import World, join_world
 from gandist.errors import CheckpointError, ConfigError, DataError, GandistError
@@ -607,10 +607,15 @@ def test_a_key_newer_than_the_checkpoint_had_its_default(tmp_path: Path, world: 
     meta = {"config": Config().model_dump(mode="json"), "data_fingerprint": {}}
     for key in ("attention", "group_size"):
         del meta["config"]["model"][key]
+    for key in ("labelled", "labelled_seed"):
+        del meta["config"]["data"][key]
     checkpoint.refuse_other_run(tmp_path, meta, Config(), {}, world)
     other = Config(model=ModelConfig(family="resnet", attention=(16,)))
     with pytest.raises(CheckpointError, match=r"model\.attention: \[\] there, \[16\] now"):
         checkpoint.refuse_other_run(tmp_path, meta, other, {}, world, ("model.family",))
+    fewer = Config(data=DataConfig(labelled=0.1, labelled_seed=1))
+    with pytest.raises(CheckpointError, match=r"data\.labelled: 1\.0 there, 0\.1 now\n  data\.labelled_seed: 0 there, 1 now"):
+        checkpoint.refuse_other_run(tmp_path, meta, fewer, {}, world)
 
 
 def test_what_is_accepted_is_said(trained: Path, tmp_path: Path, cache_dir: Path) -> None:

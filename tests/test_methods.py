@@ -40,6 +40,7 @@ TRANSLATION = [
     "loss.reconstruction_weight=10",
     "loss.identity_weight=6",
 ]
+K_PLUS_ONE = ["model.conditioning=k_plus_one", "loss.adversarial=non_saturating", "data.labelled=0.5"]
 STYLES = ["model.family=stylegan2", "model.max_width=8", "model.mapping_layers=2"]
 
 Gradients = dict[str, torch.Tensor]
@@ -69,7 +70,7 @@ class Game(NamedTuple):
         real_labels, labels = torch.randint(CLASSES, (2, BATCH_SIZE), generator=random)
         if self.config.loss.adversarial == "relativistic":
             labels = real_labels
-        elif self.config.data.unlabelled == "allow":
+        elif self.config.data.without_label:
             real_labels[3] = -1
         latents = torch.randn(BATCH_SIZE, 8, dtype=torch.float64, generator=random)
         noises = [
@@ -383,6 +384,31 @@ class MultiHinge(Literal):
         return self.hinges(self.G(x.latents, x.labels), x.labels, x.labels.tolist())
 
 
+class KPlusOne(Literal):
+    """D(x) = Z / (Z + 1) with Z = Σ exp l_k; the generator answers to the classifier, too."""
+
+    def real(self, images, labels):
+        z = torch.exp(self.D(images, labels).class_logits).sum(1)
+        return z / (z + 1)
+
+    def discriminator(self, x):
+        real, fake = self.real(x.real, x.real_labels), self.real(x.fake, x.labels)
+        return -torch.log(real).mean() - torch.log(1 - fake).mean() + self.classification_d(x)
+
+    def generator(self, x):
+        fake = self.G(x.latents, x.labels)
+        classification = CLASS_WEIGHT * self.cross_entropy(self.D(fake, x.labels).class_logits, x.labels)
+        return self.loss.generator_weight * -torch.log(self.real(fake, x.labels)).mean() + classification
+
+
+class FeatureMatching(KPlusOne):
+    def generator(self, x):
+        fake = self.G(x.latents, x.labels)
+        features = [self.D.trunk(images) for images in (x.real, fake)]
+        real, made = (mean([*each]) for each in features)
+        return super().generator(x) + self.loss.feature_matching_weight * ((real - made) ** 2).sum()
+
+
 class Contrastive(Literal):
     """Equation 8 of ContraGAN, a sum at a time, over the labelled images."""
 
@@ -515,6 +541,9 @@ CASES: dict[str, tuple[type[Literal], list[str]]] = {
     "twin_auxiliary": (TwinAuxiliary, ["model.conditioning=twin_auxiliary", "loss.conditioning_weight=0.6"]),
     "adc": (DiscriminativeClassifier, ["model.conditioning=adc", "loss.conditioning_weight=0.6", "data.unlabelled=allow"]),
     "multi_hinge": (MultiHinge, ["model.conditioning=multi_hinge", "data.unlabelled=allow"]),
+    "k_plus_one": (KPlusOne, K_PLUS_ONE),
+    "feature matching": (FeatureMatching, [*K_PLUS_ONE, "loss.feature_matching_weight=3", "loss.generator_weight=0"]),
+    "both": (FeatureMatching, [*K_PLUS_ONE, "loss.feature_matching_weight=3", "loss.generator_weight=0.4"]),
     "contrastive": (Contrastive, ["model.conditioning=contrastive", "loss.conditioning_weight=0.6", "data.unlabelled=allow"]),
     "d2d_ce": (D2DCE, ["model.conditioning=d2d_ce", "loss.temperature=0.4", "loss.margin=0.9", "data.unlabelled=allow"]),
     "diffaugment": (Augmented, ["augmentation.pipe=diffaugment", "augmentation.probability=0.6", "loss.r1_gamma=3"]),

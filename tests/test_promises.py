@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from gandist import checkpoint
 from gandist.train import main
-from tests.ranks import run_ranks
+from tests.ranks import ROOT, run_ranks
 
 BATCH_SIZE = 16
 STEPS = 20
@@ -98,6 +98,8 @@ SETTINGS = {
         "optimizer.betas=[0.0, {start: 0.9, end: 0.99, kimg: 0.2}]",
     ),
     "consistent": (
+        "data.labelled=0.3",
+        "loss.feature_matching_weight=0.1",
         "loss.adversarial=non_saturating",
         "loss.dragan_lambda=1",
         "loss.lecam_weight=0.1",
@@ -142,7 +144,11 @@ def test_resume_is_exact(tmp_path: Path, cache_dir: Path) -> None:
     assert_same_run(straight, one_life, 1e-9)
 
 
-@pytest.mark.parametrize("settings", [["loss.adversarial=relativistic"], SETTINGS["translated"]], ids=["pairs", "translated"])
+@pytest.mark.parametrize(
+    "settings",
+    [["loss.adversarial=relativistic"], SETTINGS["translated"], [f"--config={ROOT / 'configs/digits-10pct.yaml'}"]],
+    ids=["pairs", "translated", "few labels"],
+)
 def test_resume_is_exact_where_the_generator_takes_real_images_too(
     tmp_path: Path, cache_dir: Path, settings: list[str]
 ) -> None:

@@ -32,6 +32,7 @@ ROWS = [
     "gandist.data.prefetch",
     "gandist.data.loader",
     "gandist.data.memory",
+    "gandist.data.labels",
     "gandist.data.device",
     "gandist.data.mixing",
     "gandist.data.usage",

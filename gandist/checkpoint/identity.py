@@ -3,11 +3,23 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from gandist.config import Config, ModelConfig
+from gandist.config import Config, DataConfig, ModelConfig
 from gandist.distributed import World
 from gandist.errors import CheckpointError, ConfigError
 
-DATA_KEYS = ("resolution", "resize", "channels", "num_classes", "label", "unlabelled", "on_error", "shuffle_block", "lanes")
+DATA_KEYS = (
+    "resolution",
+    "resize",
+    "channels",
+    "num_classes",
+    "label",
+    "unlabelled",
+    "labelled",
+    "labelled_seed",
+    "on_error",
+    "shuffle_block",
+    "lanes",
+)
 
 
 def refuse_other_run(
@@ -24,12 +36,14 @@ def refuse_other_run(
     accepted: what of these may differ, by the names in that error or by what these begin with, such as `data`
     """
     saved, now = meta["config"], config.model_dump(mode="json")
-    saved_model = ModelConfig().model_dump(mode="json") | saved["model"]  # which may be older than some keys
+    # They may be older than some keys.
+    saved_model = ModelConfig().model_dump(mode="json") | saved["model"]
+    saved_data = DataConfig().model_dump(mode="json") | saved["data"]
     known = {key: (meta["data_fingerprint"][key], value) for key, value in fingerprint.items()}
     compared = {f"data_fingerprint.{key}": pair for key, pair in known.items() if None not in pair}
     compared |= {"seed": (saved["seed"], now["seed"])}
     compared |= {f"model.{key}": (saved_model[key], value) for key, value in now["model"].items()}
-    compared |= {f"data.{key}": (saved["data"].get(key), now["data"][key]) for key in DATA_KEYS}
+    compared |= {f"data.{key}": (saved_data[key], now["data"][key]) for key in DATA_KEYS}
     groups = {key: key.partition(".")[0] for key in compared}
     if unknown := {*accepted} - groups.keys() - {*groups.values()}:
         names = ", ".join(dict.fromkeys(groups.values()))

@@ -11,10 +11,12 @@ from gandist.data.cache import ShardCache
 from gandist.data.decode import ImageFormat
 from gandist.data.device import DeviceBatch, normalize, on_device, to_uint8, upload
 from gandist.data.index import LabelRule
+from gandist.data.labels import HiddenLabels, choose_labelled
 from gandist.data.loader import (
     Batch,
     Batches,
     EvaluationBatches,
+    Reader,
     ShardReader,
     ShuffledBatches,
     TrainingBatches,
@@ -40,7 +42,8 @@ class Dataset:
 
     class_names:  of `_info.json` beside the shards, else the numbers
     declared_classes: of `_info.json`, however many
-    class_counts: labelled images of each class, int64 [num_classes]; ones where they are not known
+    labelled:     the samples whose labels are trained with, bool [N]; None: all that have one
+    class_counts: images of each class that are trained with their labels, int64 [num_classes]; ones where they are not known
     identity:     tells these images, as they are decoded, from any others; None where the shards have not all been seen
     """
 
@@ -53,7 +56,11 @@ class Dataset:
         image_format = ImageFormat(config.resolution, config.channels, config.resize)
         shards = _open(found, config, image_format, world)
         self.shards = shards
+        self.labelled = None
         self.class_counts = shards.class_counts if shards.class_counts.any() else np.ones_like(shards.class_counts)
+        if shards.labels is not None:
+            self.labelled = choose_labelled(shards.labels, config.labelled, config.labelled_seed)
+            self.class_counts = np.bincount(shards.labels[self.labelled], minlength=config.num_classes)
         if config.shuffle_block and (shards.class_mixing or 1) < SORTED_BY_CLASS and world.is_main:
             print(
                 "warning: the shards are sorted by class, so data.shuffle_block makes batches of few classes: pack the images "
@@ -83,12 +90,16 @@ class Dataset:
         return self.shards.fingerprint
 
     def training_batches(self, *, seed: int, batch_size: int, start: int) -> Iterator[DeviceBatch]:
-        """This rank's part of every global batch of `batch_size` images, without end, from position `start`."""
+        """This rank's part of every global batch of `batch_size` images, without end, from position `start`.
+
+        Here alone the labels of others than the `labelled` samples are left out: what is measured is measured with all.
+        """
         config, world = self._config, self._world
         sizes = self.shards.shard_sizes
         order = SampleOrder(sizes, seed=seed, shuffle_block=config.shuffle_block, lanes=config.lanes)
         placement = {"local_rank": world.local_rank, "local_size": world.local_size}
-        return self._batches(TrainingBatches(order, batch_size, world.rank, world.size, start, **placement))
+        read = None if self.labelled is None else HiddenLabels(self._read, self.labelled)
+        return self._batches(TrainingBatches(order, batch_size, world.rank, world.size, start, **placement), read)
 
     def evaluation_batches(self, batch_size: int, limit: int | None = None) -> Iterator[DeviceBatch]:
         """This rank's share of all samples, or of `limit` that are evenly spaced, each once over the ranks."""
@@ -116,10 +127,10 @@ class Dataset:
         """For people."""
         return self.shards.name(sample)
 
-    def _batches(self, batches: Batches) -> Iterator[DeviceBatch]:
+    def _batches(self, batches: Batches, read: Reader | None = None) -> Iterator[DeviceBatch]:
         device = self._world.device
         options = {"num_workers": self._num_workers, "pin_memory": device.type == "cuda"}
-        return on_device(load_batches(self._read, batches, self.shards, **options), device)
+        return on_device(load_batches(read or self._read, batches, self.shards, **options), device)
 
 
 def open_dataset(spec: ShardSpec, config: DataConfig, world: World, *, split: str = "train") -> Dataset:
@@ -141,7 +152,8 @@ def _open(found: ShardList, config: DataConfig, image_format: ImageFormat, world
     total = sum(shard.count or 0 for shard in found.shards)
     small = decoded_size(total, image_format) <= config.in_memory
     in_place = not all(map(storage.is_cached, found.shards))
-    return open_shards(found, storage, policy, world, scan_all=small or in_place)
+    options = {"scan_all": small or in_place, "with_labels": config.labelled < 1}
+    return open_shards(found, storage, policy, world, **options)
 
 
 def _built_in_digits(spec: str, config: DataConfig, world: World) -> list[str]:

@@ -34,6 +34,9 @@ class Batch(NamedTuple):
     skipped: dict[int, str]
 
 
+Reader = Callable[[Sequence[int]], Batch]  # sample ids [B] → Batch
+
+
 class Batches(Protocol):
     """Which samples make which batch of this rank."""
 
@@ -208,7 +211,7 @@ class _Source(IterableDataset):
 
 
 def load_batches(
-    reader: Callable[[Sequence[int]], Batch],
+    reader: Reader,
     batches: Batches,
     dataset: ShardDataset,
     *,
@@ -235,9 +238,7 @@ def load_batches(
         yield Batch(images.clone() if num_workers and not pin_memory else images, torch.from_numpy(labels), skipped)
 
 
-def _read(
-    samples: np.ndarray | DataError, reader: Callable[[Sequence[int]], Batch]
-) -> tuple[torch.Tensor, np.ndarray, dict[int, str]] | DataError:
+def _read(samples: np.ndarray | DataError, reader: Reader) -> tuple[torch.Tensor, np.ndarray, dict[int, str]] | DataError:
     """A batch as workers pass it: as a tensor the labels, too, would take a file descriptor, which is slow to hand over."""
     if isinstance(samples, DataError):
         return samples

@@ -43,6 +43,7 @@ class ShardDataset:
     content:      tells this content from other data; None where the shards have not all been seen
     identity:     tells these very files, at the time they were seen, from any others; None likewise
     class_mixing: classes in a shard, as a share of those that samples drawn at random would have; None where not known
+    labels:       of all samples, int64 [N], −1 for none; None where they were not asked for
     is_cached:    whether shards are copied to this node's disk before they are read
     """
 
@@ -56,6 +57,7 @@ class ShardDataset:
         content: str | None = None,
         identity: str | None = None,
         class_mixing: float | None = None,
+        labels: np.ndarray | None = None,
     ):
         self.shards = tuple(shards)
         self.shard_sizes = tuple(shard_sizes)
@@ -64,6 +66,7 @@ class ShardDataset:
         self.content = content
         self.identity = identity
         self.class_mixing = class_mixing
+        self.labels = labels
         self.is_cached = any(map(storage.is_cached, shards))
         self._storage = storage
         self._ends = np.cumsum(self.shard_sizes)
@@ -162,14 +165,17 @@ class ShardDataset:
             self._opened.pop(shard).file.close()
 
 
-def open_shards(found: ShardList, storage: Storage, policy: LabelPolicy, world: World, *, scan_all: bool) -> ShardDataset:
+def open_shards(
+    found: ShardList, storage: Storage, policy: LabelPolicy, world: World, *, scan_all: bool, with_labels: bool = False
+) -> ShardDataset:
     """Opens the shards that were found; the ranks share the work.
 
     scan_all: look into every shard now, not only when it is read; so it is anyway where the counts are not all declared.
+    with_labels: keep the labels of all samples, for which every shard is looked into as well
     Raises DataError on every rank with all that is wrong of all shards.
     """
     shards = found.shards
-    if not scan_all and all(shard.count is not None for shard in shards):
+    if not (scan_all or with_labels) and all(shard.count is not None for shard in shards):
         known = len(found.class_counts) == policy.num_classes
         class_counts = np.array(found.class_counts if known else [0] * policy.num_classes, np.int64)
         return ShardDataset(shards, [shard.count for shard in shards], storage, policy, class_counts)
@@ -181,12 +187,12 @@ def open_shards(found: ShardList, storage: Storage, policy: LabelPolicy, world: 
         mine, wrong = {}, []
         for shard in range(first + world.rank, min(first + round_size, len(shards)), world.size):
             try:
-                mine[shard] = _see(shards[shard], storage, policy, world)
+                mine[shard] = _see(shards[shard], storage, policy, world, with_labels)
             except DataError as error:
                 wrong.append(str(error))
         for rank, (part, wrong_there) in enumerate(world.gather((mine, wrong))):
             failures += wrong_there
-            for shard, (*_, index, table) in part.items():
+            for shard, (*_, index, table, _) in part.items():
                 elsewhere = rank // world.local_size != world.rank // world.local_size
                 storage.adopt(shards[shard], index, table if elsewhere and world.local_rank == 0 else None)
             seen |= {shard: entry._replace(table=None) for shard, entry in part.items()}
@@ -198,7 +204,9 @@ def open_shards(found: ShardList, storage: Storage, policy: LabelPolicy, world: 
     identity = hashlib.sha256(f"{content} {[entry.index for entry in ordered]}".encode()).hexdigest()
     class_counts = sum(entry.class_counts for entry in ordered)
     mixing = _class_mixing(ordered, class_counts)
-    return ShardDataset(shards, [entry.count for entry in ordered], storage, policy, class_counts, content, identity, mixing)
+    labels = np.concatenate([entry.labels for entry in ordered]) if with_labels else None
+    sizes = [entry.count for entry in ordered]
+    return ShardDataset(shards, sizes, storage, policy, class_counts, content, identity, mixing, labels)
 
 
 class _Seen(NamedTuple):
@@ -207,15 +215,17 @@ class _Seen(NamedTuple):
     content: bytes
     index: str
     table: np.ndarray | None
+    labels: np.ndarray | None
 
 
-def _see(shard: Shard, storage: Storage, policy: LabelPolicy, world: World) -> _Seen:
+def _see(shard: Shard, storage: Storage, policy: LabelPolicy, world: World, with_labels: bool) -> _Seen:
     opened = _open_checked(storage, shard, policy)
     with opened.file:
         labels = opened.table[:, LABEL]
         class_counts = np.bincount(labels[labels >= 0] if policy.num_classes else [], minlength=policy.num_classes)
         table = np.array(opened.table) if world.size > world.local_size else None
-        return _Seen(len(labels), class_counts, content_id(opened.file), opened.index.name, table)
+        kept = np.array(labels) if with_labels else None
+        return _Seen(len(labels), class_counts, content_id(opened.file), opened.index.name, table, kept)
 
 
 def _class_mixing(seen: Sequence[_Seen], class_counts: np.ndarray) -> float | None:

@@ -142,7 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=positive, default=EPOCHS, metavar="N", help="default: %(default)s")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the configuration, such as data.train=…")
     options = parser.parse_intermixed_args(arguments)
-    data = load_config(options.config, [*options.overrides, "evaluation.metrics=[]", "checkpoint.best=null"]).data
+    data = load_config(
+        options.config, [*options.overrides, "data.labelled=1", "evaluation.metrics=[]", "checkpoint.best=null"]
+    ).data
     if not data.num_classes:
         raise ConfigError("a judge tells classes apart: data.num_classes is 0")
     with join_world() as world:

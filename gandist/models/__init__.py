@@ -19,6 +19,7 @@ from gandist.models.heads import (
     DiscriminativeClassifierHead,
     Discriminator,
     DiscriminatorOutput,
+    KPlusOneHead,
     MultiHingeHead,
     ProjectionHead,
     PureProjectionHead,
@@ -75,6 +76,7 @@ HEADS = {
     "contrastive": ContrastiveHead,
     "d2d_ce": D2DCEHead,
     "multi_hinge": MultiHingeHead,
+    "k_plus_one": KPlusOneHead,
     "none": UnconditionalHead,
 }
 

@@ -179,6 +179,22 @@ class DiscriminativeClassifierHead(ConditioningHead):
         return cross_entropy(fake, labels) - cross_entropy(fake, self.num_classes + labels)
 
 
+class KPlusOneHead(Head):
+    """A classifier of K + 1 classes, the last of which is `generated` and has the logit 0: the odds of all others together are
+    those of being real (Salimans et al. 2016, 1606.03498, section 5). So what is learned of unlabelled images, that they are
+    of some class, moves the classifier as well."""
+
+    guides_generator = True
+
+    def __init__(self, features: int, num_classes: int, layer: Layer):
+        super().__init__()
+        self.classifier = layer(nn.Linear(features, num_classes))
+
+    def forward(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        class_logits = self.classify(features)
+        return class_logits.logsumexp(1), class_logits, self.weigh(features)
+
+
 class MultiHingeHead(Head):
     """A classifier of K + 1 classes, the last of which is `generated` (Kavalerov et al. 2019, 1912.04216, section 3). The logit
     is the margin between the likeliest of the others and it."""
