@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from gandist.config import Config
 from gandist.models import evaluating
@@ -81,15 +81,34 @@ def _lazily(update: Callable[[bool], int], every: int) -> int:
 
 
 class _Counter(TorchDispatchMode):
-    """As torch's FlopCounterMode, which cannot be entered around a gradient that is part of the loss."""
+    """As torch's FlopCounterMode, which cannot be entered around a gradient that is part of the loss, and which counts the
+    gradient of a grouped convolution's weight as if there were no groups."""
 
     flops = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if formula := flop_registry.get(function.overloadpacket):
+        if function is torch.ops.aten.convolution_backward.default:
+            self.flops += _convolution_backward(*args)
+        elif formula := flop_registry.get(function.overloadpacket):
             self.flops += formula(*args, **(kwargs or {}), out_val=result)
         return result
+
+
+def _convolution_backward(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias_sizes,
+    stride,
+    padding,
+    dilation,
+    transposed: bool,
+    *rest,
+) -> int:
+    """Each gradient, of the input and of the weight, costs as much as the convolution."""
+    *_, wanted = rest
+    return conv_flop_count(list(x.shape), list(weight.shape), list(gradient.shape), transposed) * sum(wanted[:2])
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:

@@ -298,6 +298,15 @@ def test_flops_of_a_known_network() -> None:
     assert layer.weight.grad is None
 
 
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_flops_of_groups(kind: type[nn.Module]) -> None:
+    """Each output channel sees a quarter of the input's."""
+    forward = 2 * 12 * 8 // 4 * 9 * 16 * 16
+    network = nn.Sequential(kind(8, 12, 3, padding=1, groups=4, bias=False), nn.Flatten(), nn.Linear(12 * 256, 1))
+    images = torch.zeros(1, 8, 16, 16, requires_grad=True)
+    assert count_flops(network, images, backward=True) == 3 * (forward + 2 * 12 * 256)
+
+
 def test_the_distance_of_the_average() -> None:
     source = nn.Linear(3, 2)
     average = ExponentialMovingAverage(source, EmaConfig())

@@ -1,0 +1,73 @@
+"""One update of both players as research code makes it: the yardstick of `benchmarks.step` and `benchmarks.regress`.
+
+The same networks, but spectral norm by torch, with a power iteration in every forward pass; real and generated images in a pass
+each; NCHW; Adam and the average one tensor after the other.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils import parametrize
+
+from gandist.config import Config
+from gandist.models import build_discriminator, build_generator
+from gandist.models.spectral_norm import SpectralNorm
+
+
+class PlainStep:
+    """A step on the CPU: hinge loss, and a class head that learns by itself."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.generator = as_torch_has_it(build_generator(config.model, config.data))
+        self.discriminator = as_torch_has_it(build_discriminator(config.model, config.data))
+        self.discriminator.head.detached = config.classification.detach
+        self.average = copy.deepcopy(self.generator)
+        rates = {"betas": config.optimizer.betas, "eps": config.optimizer.eps, "foreach": False, "fused": False}
+        self.optimizers = [
+            torch.optim.Adam(network.parameters(), lr=2e-4, **rates) for network in (self.generator, self.discriminator)
+        ]
+
+    def __call__(self, real: torch.Tensor, labels: torch.Tensor) -> None:
+        """real [B, C, H, W] in [-1, 1], labels int64 [B]"""
+        of_generator, of_discriminator = self.optimizers
+        of_discriminator.zero_grad()
+        self.discriminator_loss(real, labels).backward()
+        of_discriminator.step()
+        of_generator.zero_grad()
+        self.generator_loss(labels).backward()
+        of_generator.step()
+        with torch.no_grad():
+            for average, parameter in zip(self.average.parameters(), self.generator.parameters(), strict=True):
+                average.copy_(parameter.lerp(average, 0.999))
+
+    def discriminator_loss(self, real: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            fake = self.generator(self._latents(len(real)), labels)
+        of_real, of_fake = self.discriminator(real, labels), self.discriminator(fake, labels)
+        hinge = F.relu(1 - of_real.logits).mean() + F.relu(1 + of_fake.logits).mean()
+        return hinge + F.cross_entropy(of_real.class_logits, labels)
+
+    def generator_loss(self, labels: torch.Tensor) -> torch.Tensor:
+        self.discriminator.requires_grad_(False)
+        loss = -self.discriminator(self.generator(self._latents(len(labels)), labels), labels).logits.mean()
+        self.discriminator.requires_grad_(True)
+        return loss
+
+    def _latents(self, count: int) -> torch.Tensor:
+        return torch.randn(count, self.config.model.latent_dim)
+
+
+def as_torch_has_it(network: nn.Module) -> nn.Module:
+    """The network with torch's own spectral norm and batch norm."""
+    for module in list(network.modules()):
+        if parametrize.is_parametrized(module) and isinstance(module.parametrizations.weight[0], SpectralNorm):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+            nn.utils.parametrizations.spectral_norm(module)
+        for name, child in module.named_children():
+            if isinstance(child, _BatchNorm):
+                setattr(module, name, nn.BatchNorm2d(child.num_features, eps=child.eps, affine=child.affine))
+    return network
