@@ -4,14 +4,6 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from torchmetrics import MetricCollection
-from torchmetrics.classification import (
-    MulticlassAccuracy,
-    MulticlassConfusionMatrix,
-    MulticlassF1Score,
-    MulticlassPrecision,
-    MulticlassRecall,
-)
 
 from gandist.distributed import World
 
@@ -37,16 +29,19 @@ class Classification:
     """Collects predictions of this rank and reports over all."""
 
     def __init__(self, num_classes: int, world: World):
+        # Not above: it takes a second to import, which the first step need not wait for.
+        from torchmetrics import MetricCollection, classification
+
         options = {"num_classes": num_classes, "process_group": world.control}
         metrics = {
-            "top1": MulticlassAccuracy(average="micro", **options),
-            "precision": MulticlassPrecision(average=None, **options),
-            "recall": MulticlassRecall(average=None, **options),
-            "f1": MulticlassF1Score(average=None, **options),
-            "confusion": MulticlassConfusionMatrix(**options),
+            "top1": classification.MulticlassAccuracy(average="micro", **options),
+            "precision": classification.MulticlassPrecision(average=None, **options),
+            "recall": classification.MulticlassRecall(average=None, **options),
+            "f1": classification.MulticlassF1Score(average=None, **options),
+            "confusion": classification.MulticlassConfusionMatrix(**options),
         }
         if num_classes > 5:
-            metrics["top5"] = MulticlassAccuracy(average="micro", top_k=5, **options)
+            metrics["top5"] = classification.MulticlassAccuracy(average="micro", top_k=5, **options)
         # Groups form at the first update, and a rank may have none.
         self._metrics = MetricCollection(metrics, compute_groups=False)
 

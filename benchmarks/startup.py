@@ -1,0 +1,50 @@
+"""Seconds from the command to the first step, of a new run and of a resumed one: `python -m benchmarks.startup`."""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from statistics import median
+
+from benchmarks.report import header, table
+
+OPTIONS = ["evaluation.metrics=[]", "tracking.wandb=off", "tracking.every_kimg=0.064", "checkpoint.every_kimg=0.064"]
+MARKS = {"described": "plan:", "first step": "kimg "}  # the beginnings of lines on the console
+
+
+def time_marks(command: list[str]) -> dict[str, float]:
+    """When each first stood on the console."""
+    begin, found = time.perf_counter(), {}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        for line in process.stdout:
+            for mark, start in MARKS.items():
+                if line.startswith(start):
+                    found.setdefault(mark, time.perf_counter() - begin)
+    return found | {"whole": time.perf_counter() - begin}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args()
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "gandist.train"]
+    launchers = {"python": ["gandist.train"], "torchrun, 2 ranks": torchrun}
+    seconds: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for _ in range(options.rounds):
+        for launcher, module in launchers.items():
+            with tempfile.TemporaryDirectory() as folder:
+                for kind, kimg in (("new", 0.064), ("resumed", 0.128)):
+                    command = [sys.executable, "-m", *module, f"run_dir={folder}/run", f"train.kimg={kimg}"]
+                    marks = time_marks([*command, *OPTIONS, *options.overrides])
+                    seconds.setdefault((launcher, kind), []).append(marks)
+    imports = [time_marks([sys.executable, "-c", "import gandist.train"])["whole"] for _ in range(options.rounds)]
+    print(header())
+    print(f"import gandist.train alone: {median(imports):.1f} s")
+    rows = [[*key, *(f"{median(marks[mark] for marks in found):.1f}" for mark in MARKS)] for key, found in seconds.items()]
+    print(table(["launched by", "run", *(f"to {mark}, s" for mark in MARKS)], rows))
+
+
+if __name__ == "__main__":
+    main()
