@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from gandist.arguments import add_checkpoint, positive
 from gandist.data.index import UNLABELLED
-from gandist.distributed import World, join_world, run
+from gandist.distributed import World, join_alone, run
 from gandist.errors import ConfigError
 from gandist.evaluation.classification import Classification
 from gandist.evaluation.evaluator import Evaluation, Record
@@ -38,9 +38,9 @@ class Prediction(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
-    with join_world() as world:
-        if world.size > 1:
-            raise ConfigError("images are classified by one process: start it with python, not with torchrun")
+    if options.output and not options.output.parent.is_dir():
+        raise ConfigError(f"{options.output}: there is no folder {options.output.parent}")
+    with join_alone("images are classified") as world:
         gan = load(options.run, step=options.step, best=options.best)
         predictions, evaluation = classify(gan, options.images, world, top=options.top)
     if options.output is None:
@@ -94,7 +94,7 @@ def _table(predictions: Sequence[Prediction]) -> str:
 
 def _write_csv(path: Path, predictions: Sequence[Prediction]) -> None:
     ranks = range(1, len(predictions[0].ranking) + 1)
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "label", *chain.from_iterable((f"class_{n}", f"probability_{n}") for n in ranks)])
         for name, label, ranking in predictions:

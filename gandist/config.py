@@ -294,6 +294,12 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _frozen_weights_are_trained_ones(self) -> "TrainConfig":
+        if self.freeze_d and self.init_from is None:
+            raise ValueError(f"freeze_d={self.freeze_d} keeps weights as they are in another run: name it in init_from")
+        return self
+
+    @model_validator(mode="after")
     def _one_way_to_split(self) -> "TrainConfig":
         if self.micro_batch_size and self.accumulation != 1:
             raise ValueError("accumulation and micro_batch_size both say how an update is split: leave out one of them")

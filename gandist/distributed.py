@@ -89,9 +89,22 @@ def join_world(timeout_minutes: float = 10) -> Iterator[World]:
         present = torch.ones((), device=device)
         dist.all_reduce(present)  # connects NCCL, which otherwise waits for the first gradients
         present.item()
-    yield World(rank, size, launch.local_rank, launch.local_size, device, control, timeout)
-    # Not in a `finally`: a rank that fails must leave at once, and the others may be inside a collective.
+    try:
+        yield World(rank, size, launch.local_rank, launch.local_size, device, control, timeout)
+    except BaseException:
+        if size == 1:  # else a rank that fails must leave at once: the others may be inside a collective
+            dist.destroy_process_group()
+        raise
     dist.destroy_process_group()
+
+
+@contextmanager
+def join_alone(what: str) -> Iterator[World]:
+    """As `join_world`, for what one process does. Raises ConfigError where there are more."""
+    with join_world() as world:
+        if world.size > 1:
+            raise ConfigError(f"{what} by one process: start it with python, not with torchrun")
+        yield world
 
 
 def _choose_device(launch: Launch) -> tuple[torch.device, str]:

@@ -65,7 +65,7 @@ def evaluate_run(
     path: Path, overrides: Sequence[str], world: World, *, step: int | None, best: bool
 ) -> tuple[Evaluation, list[str], str]:
     """One checkpoint, by the configuration of its run with these overrides; the names of its classes; and which one it is."""
-    run_dir = path.parent.parent if path.parent.name == checkpoint.FOLDER else path
+    run_dir = path.resolve().parent.parent if checkpoint.is_checkpoint(path) else path
     config = load_config(run_dir / RUN_CONFIG, overrides)
     chosen = None
     with world.together():

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import io
 import json
-import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,15 +11,16 @@ from typing import NamedTuple
 
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 import gandist
 from gandist.arguments import add_checkpoint
-from gandist.distributed import run
+from gandist.data.writer import check_absent, whole_folder
+from gandist.distributed import join_alone, run
 from gandist.errors import ConfigError, GandistError
 from gandist.resolution import size_of
-from gandist.trained import DESCRIPTION, FORMAT, IMAGE_KEYS, TrainedGAN, load
+from gandist.trained import DESCRIPTION, FORMAT, IMAGE_KEYS, NETWORKS, TrainedGAN, load
 
 TOLERANCE = 1e-5  # absolute, and relative for what is above 1
 BATCHES = (1, 3)  # sizes that an exported graph is tried with
@@ -57,10 +57,10 @@ class _Judging(nn.Module):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
-    if options.output.exists():
-        raise ConfigError(f"{options.output} exists already: name another folder, or remove it")
-    gan = load(options.run, step=options.step, best=options.best, device="cpu")
-    export(gan, options.output, onnx=options.onnx, torch_export=options.torch_export, license=options.license)
+    with join_alone("networks are exported"):
+        check_absent(options.output)
+        gan = load(options.run, step=options.step, best=options.best, device="cpu")
+        export(gan, options.output, onnx=options.onnx, torch_export=options.torch_export, license=options.license)
     print("\n".join(f"{path}  {path.stat().st_size / 1e6:.1f} MB" for path in sorted(options.output.iterdir())))
 
 
@@ -72,21 +72,17 @@ def export(gan: TrainedGAN, folder: Path, *, onnx: bool = False, torch_export: b
     torch_export: also GRAPH.pt2, as torch.export.load reads them
     license:      of the weights, as the Hugging Face hub names it
     """
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        save_file(_contiguous(gan.generator), partial / "generator.safetensors")
-        save_file(_contiguous(gan.discriminator), partial / "discriminator.safetensors")
+    if onnx:
+        _require_onnx()
+    with whole_folder(folder) as partial:
+        for name in NETWORKS:
+            (partial / f"{name}.safetensors").write_bytes(save(_contiguous(getattr(gan, name))))
         (partial / DESCRIPTION).write_text(json.dumps(_describe(gan), indent=2) + "\n")
         (partial / "README.md").write_text(model_card(gan, folder.name, license))
         for (name, graph), (_, again) in zip(_graphs(gan).items(), _graphs(load(partial, device="cpu")).items(), strict=True):
             _check_equal(f"{name}.safetensors", graph, again.network)
             if torch_export or onnx:
                 _export_graph(gan, graph, name, partial, onnx=onnx, torch_export=torch_export)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def model_card(gan: TrainedGAN, name: str, license: str) -> str:
@@ -94,7 +90,8 @@ def model_card(gan: TrainedGAN, name: str, license: str) -> str:
     data, origin = gan.data, gan.origin
     versions = origin["versions"]
     height, width = size_of(data.resolution)
-    metadata = {"license": license, "library_name": "gandist", "tags": ["gan", "image-generation", "image-classification"]}
+    tags = ["gan", "image-to-image" if gan.model.translates else "image-generation"]
+    metadata = {"license": license, "library_name": "gandist", "tags": tags + ["image-classification"] * bool(gan.class_names)}
     metrics = "\n".join(f"| `{metric}` | {value:.4f} |" for metric, value in origin["metrics"].items())
     shape = f"[1, {data.channels}, {height}, {width}]"
     source, use = (
@@ -103,6 +100,8 @@ def model_card(gan: TrainedGAN, name: str, license: str) -> str:
     )
     if gan.model.translates:
         source, use = "images in [-1, 1]", f'images = gan.translate(["image.png"], 0)  # to this class, uint8 {shape}'
+    if gan.class_names:
+        use += f'\nprobabilities = gan.classify(["image.png"])  # [1, {len(gan.class_names)}], of images of any size'
     kind = "grey" if data.channels == 1 else "RGB"
     classes = f"{len(gan.class_names)} classes: {', '.join(gan.class_names)}" if gan.class_names else "no classes"
     return f"""\
@@ -119,11 +118,10 @@ import gandist
 
 gan = gandist.load("{name}")
 {use}
-probabilities = gan.classify(["image.png"])  # [1, {len(gan.class_names)}], of images of any size
 ```
 
 `generator`: {source} and labels [B] → images in [-1, 1].
-`discriminator`: images in [-1, 1] and labels → logits, above 0 for real, and class logits.
+`discriminator`: images in [-1, 1] and labels → logits, above 0 for real{", and class logits" if gan.class_names else ""}.
 
 ## Training data
 
@@ -203,8 +201,6 @@ def _write_onnx(
             torch.onnx.export(
                 program, (), path, input_names=inputs, output_names=outputs, external_data=False, opset_version=20
             )
-    except ImportError as error:
-        raise ConfigError(f"--onnx needs packages that are not there ({error.name}): pip install -e '.[onnx]'") from error
     except torch.onnx.errors.OnnxExporterError as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         advice = (
@@ -213,6 +209,16 @@ def _write_onnx(
             else ""
         )
         raise GandistError(f"{path.stem} cannot be expressed in ONNX{advice}: use --torch-export. {reason}") from error
+
+
+def _require_onnx() -> None:
+    """Raises ConfigError."""
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ConfigError(f"ONNX needs the package {error.name}: pip install -e '.[onnx]'") from error
 
 
 def _onnx_session(path: Path) -> Callable[..., tuple[torch.Tensor, ...]]:

@@ -2,8 +2,8 @@
 
 import argparse
 import hashlib
-import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +12,17 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 from tqdm import tqdm
 
-from gandist.arguments import add_checkpoint, positive
+from gandist.arguments import add_checkpoint, natural, positive, positive_number
 from gandist.data.collections import Samples
 from gandist.data.encode import Encoding
-from gandist.data.writer import ShardPlan, check_absent, write_shards_on_all_ranks
+from gandist.data.writer import ShardPlan, check_absent, whole_folder, write_shards_on_all_ranks
 from gandist.distributed import World, join_world, run
 from gandist.tracking.tracker import sample_grid
-from gandist.trained import BATCH_SIZE, TrainedGAN, load
+from gandist.trained import BATCH_SIZE, TrainedGAN, load_on_all_ranks
 
 SHARD_SIZE = 10_000
+TIMEOUT_MINUTES = 24 * 60.0  # a rank may wait for others' shards: one that is gone is noticed by its connection
+OTHER_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff")  # but for .png as it is
 PER_CLASS = 10  # without classes: as many rows and columns
 EXAMPLES = """\
 examples:
@@ -38,7 +40,7 @@ examples:
 class GeneratedImages:
     """Images as `gandist.data.writer` wants them. They are made in batches, so ask for them in their order."""
 
-    def __init__(self, gan: TrainedGAN, options: argparse.Namespace, classes: Sequence[str], world: World):
+    def __init__(self, gan: TrainedGAN, options: argparse.Namespace, classes: Sequence[int], world: World):
         self._gan = gan
         self._options = options
         self._classes = classes
@@ -66,11 +68,12 @@ class GeneratedImages:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
-    with join_world() as world:
+    with join_world(TIMEOUT_MINUTES) as world:
         with world.together():
             check_absent(options.output)
-            gan = load(options.run, step=options.step, best=options.best, device=world.device)
-            classes = [gan.class_names[gan.class_number(name)] for name in options.classes] or gan.class_names
+        gan = load_on_all_ranks(options.run, world, step=options.step, best=options.best)
+        gan.check_generates()
+        classes = gan.class_numbers(options.classes)
         options.images = options.images or (options.per_class or PER_CLASS) * (len(classes) or PER_CLASS)
         if options.shards:
             write_as_shards(gan, options, classes, world)
@@ -84,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"{options.output}: {_describe(options)} of {gan.origin['checkpoint']}, {gan.origin['kimg']:g} kimg")
 
 
-def draw_grid(gan: TrainedGAN, options: argparse.Namespace, classes: Sequence[str]) -> None:
+def draw_grid(gan: TrainedGAN, options: argparse.Namespace, classes: Sequence[int]) -> None:
     """A picture, one class a row, or one pair of latents."""
     setting = {"seed": options.seed, "truncation": options.truncation}
     rows = len(classes) or PER_CLASS
@@ -99,30 +102,29 @@ def draw_grid(gan: TrainedGAN, options: argparse.Namespace, classes: Sequence[st
     sample_grid(images, columns).save(options.output)
 
 
-def write_files(gan: TrainedGAN, options: argparse.Namespace, classes: Sequence[str], world: World) -> None:
+def write_files(gan: TrainedGAN, options: argparse.Namespace, classes: Sequence[int], world: World) -> None:
     """A folder with a directory a class, or without classes of the images themselves. It appears whole or not at all."""
-    partial = options.output.with_name(f"{options.output.name}.partial")
-    directories = {gan.class_number(name): _directory(name, gan.class_names) for name in classes} or {-1: ""}
-    with world.together():
-        if world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            for directory in directories.values():
-                (partial / directory).mkdir(parents=True)
+    folders = gan.class_folders(classes[: options.images]) or {-1: ""}
     digits = len(str(options.images - 1))
-    with world.together():
-        for start in range(world.rank * BATCH_SIZE, options.images, world.size * BATCH_SIZE):
-            numbers = batch_of(start, options)
-            images, labels = gan.generate(numbers, classes, seed=options.seed, truncation=options.truncation)
-            for number, image, label in zip(numbers, images, labels.tolist(), strict=True):
-                to_pil_image(image).save(partial / directories[label] / f"{number:0{digits}d}.png")
-    with world.together():
-        if world.is_main:
-            partial.rename(options.output)
+    with ExitStack() as alone:
+        partial = None
+        with world.together():
+            if world.is_main:
+                partial = alone.enter_context(whole_folder(options.output))
+                for folder in folders.values():
+                    (partial / folder).mkdir(exist_ok=True)
+        partial = world.broadcast(partial)
+        with world.together():
+            for start in range(world.rank * BATCH_SIZE, options.images, world.size * BATCH_SIZE):
+                numbers = batch_of(start, options)
+                images, labels = gan.generate(numbers, classes, seed=options.seed, truncation=options.truncation)
+                for number, image, label in zip(numbers, images, labels.tolist(), strict=True):
+                    to_pil_image(image).save(partial / folders[label] / f"{number:0{digits}d}.png")
 
 
-def write_as_shards(gan: TrainedGAN, options: argparse.Namespace, classes: Sequence[str], world: World) -> None:
+def write_as_shards(gan: TrainedGAN, options: argparse.Namespace, classes: Sequence[int], world: World) -> None:
     source = GeneratedImages(gan, options, classes, world)
-    labels = np.array([gan.class_number(name) for name in classes] or [-1])
+    labels = np.array(classes or [-1])
     shards = []
     for start in range(0, options.images, options.shard_size):
         numbers = np.arange(start, min(start + options.shard_size, options.images))
@@ -136,12 +138,6 @@ def batch_of(number: int, options: argparse.Namespace) -> range:
     """The images that are made beside image `number`: the same whichever rank makes them, so that they come out the same."""
     start = number - number % BATCH_SIZE
     return range(start, min(start + BATCH_SIZE, options.images))
-
-
-def _directory(name: str, names: Sequence[str]) -> str:
-    """Of a class, whose order is that of the classes."""
-    width = max(map(len, names), default=0) if all(map(str.isdecimal, names)) else 0
-    return name.replace("/", "_").zfill(width)
 
 
 def _describe(options: argparse.Namespace) -> str:
@@ -164,10 +160,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--classes", type=lambda names: names.split(","), default=[], metavar="A,B,…", help="by name or number (default: all)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="another one, other images (default: %(default)s)")
+    parser.add_argument("--seed", type=natural, default=0, help="another one, other images (default: %(default)s)")
     parser.add_argument(
         "--truncation",
-        type=float,
+        type=positive_number,
         metavar="T",
         help="typical images rather than diverse ones: none of the latents is farther from 0; stylegan2: ψ",
     )
@@ -179,8 +175,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     is_picture = options.output.suffix == ".png"
+    if options.output.suffix.lower() in OTHER_PICTURES and not is_picture:
+        parser.error(f"{options.output}: a picture is called FILE.png")
     if options.interpolate and not is_picture:
         parser.error("--interpolate draws a picture: name a FILE.png")
+    if options.interpolate and (options.images or options.per_class):
+        parser.error("--interpolate draws one path a class: leave out --images and --per-class")
     if options.shards and is_picture:
         parser.error("--shards writes a folder, not a FILE.png")
     return options

@@ -13,6 +13,7 @@ from gandist.config_file import load_config
 from gandist.distributed import World, join_world, run
 from gandist.preemption import ignore_signals
 from gandist.tracking import EVALUATIONS, METRICS, SAMPLES
+from gandist.trained import load_on_all_ranks
 from gandist.trainer import Trainer
 
 OUTCOME = "GANDIST_OUTCOME"  # names a file that is told how training ended, for batch scripts
@@ -67,6 +68,8 @@ def train(config: Config, world: World, *, fresh: bool = False, accepted: Sequen
     """
     run_dir = config.run_dir
     trainer = Trainer(config, world)
+    begins = world.broadcast(fresh or not checkpoint.complete_steps(run_dir))
+    source = load_on_all_ranks(config.train.init_from, world) if begins and config.train.init_from else None
     with world.together():
         if world.is_main:
             if fresh and run_dir.exists():
@@ -74,8 +77,8 @@ def train(config: Config, world: World, *, fresh: bool = False, accepted: Sequen
             run_dir.mkdir(parents=True, exist_ok=True)
     resumed = trainer.resume(accepted)
     say = print if world.is_main else lambda text: None
-    if resumed is None and config.train.init_from:
-        say(trainer.start_from(config.train.init_from))
+    if source:
+        say(trainer.start_from(source))
     if trainer.finished:
         say(f"{run_dir} is finished: {trainer.images / 1000:g} kimg; train.kimg={config.train.kimg * 2:g} trains it further")
         return trainer.finished, trainer.step

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gandist import checkpoint
-from gandist.config import RUN_CONFIG, Config, DataConfig, ModelConfig
+from gandist.config import RUN_CONFIG, CheckpointConfig, DataConfig, ModelConfig
 from gandist.config_file import load_config, nearest
 from gandist.data import normalize, to_uint8
-from gandist.data.decode import ImageError, fit
+from gandist.data.decode import ImageError, Resize, fit
 from gandist.data.encode import upright
+from gandist.distributed import World
 from gandist.errors import CheckpointError, ConfigError, DataError
 from gandist.models import Discriminator, build_discriminator, build_generator, full_float32, truncates, truncating
 from gandist.randomness import Purpose, draw_latents, random_stream
@@ -57,15 +58,46 @@ class TrainedGAN:
     def device(self) -> torch.device:
         return next(self.generator.parameters()).device
 
+    @property
+    def resize(self) -> Resize:
+        """How images of other sizes are fitted."""
+        return "center-crop" if self.data.resize == "none" else self.data.resize
+
     def class_number(self, name: str | int) -> int:
-        """Of a class by its name, or by its number. Raises ConfigError."""
-        if str(name) in self.class_names:
-            return self.class_names.index(str(name))
-        if str(name).isdecimal() and int(name) < len(self.class_names):
+        """Of a class by its name, or by its number, which may also be written as text. Raises ConfigError."""
+        if name in self.class_names:
+            return self.class_names.index(name)
+        if name in (numbers := range(len(self.class_names))):
+            return int(name)
+        if name in map(str, numbers):
             return int(name)
         if not self.class_names:
             raise ConfigError(f"no class {name!r}: this model was trained without classes")
         raise ConfigError(f"no class {name!r}: there are {shortened(self.class_names)}{nearest(str(name), self.class_names)}")
+
+    def class_numbers(self, names: Sequence[str | int]) -> list[int]:
+        """Of these classes, or without names of all. Raises ConfigError."""
+        return [self.class_number(name) for name in names] or list(range(self.data.num_classes))
+
+    def class_folders(self, numbers: Sequence[int]) -> dict[int, str]:
+        """The directories of images of these classes. Raises ConfigError where names are no names of directories."""
+        folders = {number: self.class_names[number].replace("/", "_") for number in numbers}
+        for number, folder in folders.items():
+            if folder in ("", ".", "..") or [*folders.values()].count(folder) > 1:
+                raise ConfigError(
+                    f"the class {self.class_names[number]!r} (number {number}) cannot have a directory of its own"
+                )
+        return folders
+
+    def check_generates(self) -> None:
+        """Raises ConfigError where images are not made of latents."""
+        if self.model.translates:
+            raise ConfigError(f"model.family={self.model.family} makes images of images: it translates and does not generate")
+
+    def check_translates(self) -> None:
+        """Raises ConfigError where images are not made of images."""
+        if not self.model.translates:
+            raise ConfigError(f"model.family={self.model.family} makes images of latents: it generates and does not translate")
 
     @torch.no_grad()
     def generate(
@@ -82,7 +114,9 @@ class TrainedGAN:
         classes:    which take turns, by name or number; none: all of them
         truncation: as `evaluation.truncation`
         """
-        numbers = np.arange(images) if isinstance(images, int) else np.asarray(images)
+        numbers = np.arange(images) if isinstance(images, int | np.integer) else np.asarray(images)
+        if not len(numbers):
+            raise ConfigError("no images are asked for")
         labels = self._labels(numbers, classes)
         parts = [
             self._synthesize(self._latents(some.tolist(), seed, truncation), labels_of_some, truncation)
@@ -109,13 +143,12 @@ class TrainedGAN:
         return torch.cat([self._synthesize(some, labels, truncation) for some, labels in batches])
 
     @torch.no_grad()
-    def translate(self, images: torch.Tensor | Sequence[Picture], to: str | int) -> torch.Tensor:
+    def translate(self, images: torch.Tensor | Picture | Sequence[Picture], to: str | int) -> torch.Tensor:
         """The images as ones of this class, uint8 [B, C, H, W], on the CPU; images: as of `classify`.
 
         Raises ConfigError for a generator that makes images of latents, and as `classify` does.
         """
-        if not self.model.translates:
-            raise ConfigError(f"model.family={self.model.family} makes images of latents: it generates and does not translate")
+        self.check_translates()
         labels = torch.tensor([self.class_number(to)], device=self.device)
         with full_float32():
             parts = [
@@ -125,7 +158,7 @@ class TrainedGAN:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def classify(self, images: torch.Tensor | Sequence[Picture]) -> torch.Tensor:
+    def classify(self, images: torch.Tensor | Picture | Sequence[Picture]) -> torch.Tensor:
         """Probabilities of the classes, float32 [B, K], on the CPU; images: as `read` takes them, or uint8 [B, C, H, W].
 
         Raises ConfigError for a model without classes and images of another shape, DataError for files that cannot be read.
@@ -147,17 +180,18 @@ class TrainedGAN:
         try:
             if isinstance(image, Path | str):
                 content = Path(image).read_bytes()
-            resize = "center-crop" if self.data.resize == "none" else self.data.resize
-            pixels = fit(upright(content, self.data.channels), self.data.resolution, resize)
+            pixels = fit(upright(content, self.data.channels), self.data.resolution, self.resize)
         except (ImageError, OSError) as error:
             where = f"{image}: " if isinstance(image, Path | str) else ""
-            raise DataError(f"{where}{error.strerror if isinstance(error, OSError) else error}") from error
+            raise DataError(where + (getattr(error, "strerror", None) or str(error))) from error
         return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
 
-    def _uint8(self, images: torch.Tensor | Sequence[Picture]) -> torch.Tensor:
+    def _uint8(self, images: torch.Tensor | Picture | Sequence[Picture]) -> torch.Tensor:
         """uint8 [B, C, H, W]. Raises ConfigError for a tensor that is not so, of the model's own C, H and W."""
+        if isinstance(images, Picture):
+            images = [images]
         if not isinstance(images, torch.Tensor):
-            images = torch.stack([self.read(image) for image in images])
+            images = torch.stack([self.read(image) for image in images]) if images else torch.empty(0)
         wanted = (self.data.channels, *size_of(self.data.resolution))
         if images.dtype != torch.uint8 or images.shape[1:] != wanted:
             raise ConfigError(
@@ -168,13 +202,14 @@ class TrainedGAN:
 
     def _labels(self, numbers: np.ndarray, classes: Sequence[str | int]) -> torch.Tensor:
         """Of images of these numbers, int64 [N]: the classes in turn."""
-        chosen = [self.class_number(name) for name in classes] or range(self.data.num_classes) or [-1]
+        chosen = self.class_numbers(classes) or [-1]
         return torch.tensor(chosen)[numbers % len(chosen)]
 
     def _latents(self, numbers: Sequence[int], seed: int, truncation: float | None) -> torch.Tensor:
-        """float32 [N, Z]. Raises ConfigError where images are not made of them."""
-        if self.model.translates:
-            raise ConfigError(f"model.family={self.model.family} makes images of images: it translates and does not generate")
+        """float32 [N, Z]. Raises ConfigError."""
+        self.check_generates()
+        if seed < 0:
+            raise ConfigError(f"seed={seed}: a number of 0 or more is wanted")
         bound = None if truncates(self.generator) else truncation
         streams = (random_stream(seed, Purpose.GENERATION, number) for number in numbers)
         return torch.cat([draw_latents(stream, 1, self.model.latent_dim, bound) for stream in streams])
@@ -194,12 +229,33 @@ def load(
     device: a GPU where there is one, else the CPU
     Raises CheckpointError where there is none of these, or it is damaged.
     """
-    path = Path(path)
-    exported = (path / DESCRIPTION).exists()
-    if exported and (best or step is not None):
-        raise ConfigError(f"{path} was exported from one checkpoint: there is no other to choose")
-    loaded = _load_exported(path) if exported else _load_checkpoint(path, step, best)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return _open(_find(Path(path).expanduser(), step, best), device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def load_on_all_ranks(path: Path, world: World, *, step: int | None = None, best: bool = False) -> TrainedGAN:
+    """The same on every rank, also where a newer checkpoint is written meanwhile."""
+    found = None
+    with world.together():
+        if world.is_main:
+            found = _find(path, step, best)
+    found = world.broadcast(found)
+    with world.together():
+        return _open(found, world.device)
+
+
+def _find(path: Path, step: int | None, best: bool) -> Path:
+    """An exported folder, or a verified checkpoint."""
+    if (path / DESCRIPTION).exists():
+        if best or step is not None:
+            raise ConfigError(f"{path} was exported from one checkpoint: there is no other to choose")
+        return path
+    run_config = path / RUN_CONFIG
+    best_by = load_config(run_config).checkpoint if best and run_config.exists() else CheckpointConfig() if best else None
+    return checkpoint.choose(path, step=step, best_by=best_by)
+
+
+def _open(found: Path, device: torch.device | str) -> TrainedGAN:
+    loaded = _load_exported(found) if (found / DESCRIPTION).exists() else _load_checkpoint(found)
     for network in (loaded.generator, loaded.discriminator):
         network.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
     return loaded
@@ -212,7 +268,7 @@ def take_over(what: str, source: Mapping[str, torch.Tensor], target: Mapping[str
     Raises ConfigError if nothing fits.
     """
     fitting = [key for key, tensor in target.items() if key in source and source[key].shape == tensor.shape]
-    if not fitting:
+    if not any(target[key].dim() > 1 for key in fitting):
         raise ConfigError(f"nothing of the {what} fits: its family or its size is another one")
     for key in fitting:
         target[key].copy_(source[key])
@@ -233,16 +289,18 @@ def slerp(start: torch.Tensor, end: torch.Tensor, share: torch.Tensor) -> torch.
     return (((1 - share) * angle).sin() * start + (share * angle).sin() * end) / angle.sin()
 
 
-def _load_checkpoint(path: Path, step: int | None, best: bool) -> TrainedGAN:
-    best_by = load_config(path / RUN_CONFIG).checkpoint if best else None
-    chosen = checkpoint.choose(path, step=step, best_by=best_by)
-    meta = checkpoint.read_meta(chosen)
-    config = Config.model_validate(meta["config"])
-    names = meta.get("class_names") or [str(number) for number in range(config.data.num_classes)]
-    origin = {"checkpoint": str(chosen)} | {key: meta[key] for key in ORIGIN}
-    state = checkpoint.nest(checkpoint.read(chosen, checkpoint.AVERAGED, "discriminator"))
+def _load_checkpoint(path: Path) -> TrainedGAN:
+    try:
+        meta = checkpoint.read_meta(path)
+        saved = meta["config"]
+        model, data = ModelConfig.model_validate(saved["model"]), DataConfig.model_validate(saved["data"])
+        origin = {"checkpoint": str(path)} | {key: meta[key] for key in ORIGIN}
+    except (ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{path} is of another version of gandist: {' '.join(str(error).split())}") from error
+    names = meta.get("class_names") or [str(number) for number in range(data.num_classes)]
+    state = checkpoint.nest(checkpoint.read(path, checkpoint.AVERAGED, "discriminator"))
     weights = {"generator": state[checkpoint.AVERAGED], "discriminator": state["discriminator"]["network"]}
-    return _build(path, config.model, config.data, names, origin, weights)
+    return _build(path, model, data, names, origin, weights)
 
 
 def _load_exported(path: Path) -> TrainedGAN:

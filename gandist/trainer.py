@@ -32,7 +32,7 @@ from gandist.randomness import Columns, Purpose, StepRandomness
 from gandist.schedule import number_at, scheduled
 from gandist.summary import describe, summarize
 from gandist.tracking import Meter, Scalars, Tracker, open_trackers
-from gandist.trained import load, take_over
+from gandist.trained import TrainedGAN, take_over
 from gandist.watchdog import Watchdog
 
 AFTER_EXCHANGES = 5.0  # s by which the watchdog waits longer than an exchange does, which knows better what is wrong
@@ -265,15 +265,14 @@ class Trainer:
         self.evaluation_pending = meta["evaluation_pending"]
         return path
 
-    def start_from(self, path: Path) -> str:
+    def start_from(self, trained: TrainedGAN) -> str:
         """Takes over the weights of networks trained before, as far as they fit: the averaged generator and the discriminator.
-        Returns what was taken and what was not. Raises CheckpointError, or ConfigError if nothing fits."""
-        with self.world.together():
-            trained = load(path, device="cpu")
-            reports = [
-                take_over(f"{player.name} of {path}", getattr(trained, player.name).state_dict(), player.network.state_dict())
-                for player in (self.generator, self.discriminator)
-            ]
+        Returns what was taken and what was not. Raises ConfigError if nothing fits."""
+        origin = trained.origin["checkpoint"]
+        reports = [
+            take_over(f"{player.name} of {origin}", getattr(trained, player.name).state_dict(), player.network.state_dict())
+            for player in (self.generator, self.discriminator)
+        ]
         for player in (self.generator, self.discriminator):
             power_iteration(player.network, FIRST_ITERATIONS)  # of weights that were not taken as well
             player.load_state_dict(player.state_dict())

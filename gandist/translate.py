@@ -1,7 +1,6 @@
 """Makes of images images of another class: `python -m gandist.translate RUN IMAGES… --to CLASS --output OUTPUT`."""
 
 import argparse
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,8 +8,8 @@ import torch
 from torchvision.transforms.functional import to_pil_image
 
 from gandist.arguments import add_checkpoint
-from gandist.data.writer import check_absent
-from gandist.distributed import World, join_world, run
+from gandist.data.writer import check_absent, whole_folder
+from gandist.distributed import World, join_alone, run
 from gandist.errors import ConfigError
 from gandist.given import open_images
 from gandist.tracking.tracker import sample_grid
@@ -27,45 +26,40 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = _parse(arguments)
-    with join_world() as world:
-        if world.size > 1:
-            raise ConfigError("images are translated by one process: start it with python, not with torchrun")
+    with join_alone("images are translated") as world:
         check_absent(options.output)
         gan = load(options.run, step=options.step, best=options.best)
-        classes = [gan.class_names[gan.class_number(name)] for name in options.to] or gan.class_names
+        gan.check_translates()
+        classes = gan.class_numbers(options.to)
         write = draw_grid if options.output.suffix == ".png" else write_files
         count = write(gan, options.images, classes, options.output, world)
-    print(f"{options.output}: {count:,} image(s) as {', '.join(classes)}")
+    print(f"{options.output}: {count:,} image(s) as {', '.join(gan.class_names[number] for number in classes)}")
 
 
-def draw_grid(gan: TrainedGAN, images: Sequence[str], classes: Sequence[str], output: Path, world: World) -> int:
+def draw_grid(gan: TrainedGAN, images: Sequence[str], classes: Sequence[int], output: Path, world: World) -> int:
     """A picture: one row an image, itself and then as each class. Returns how many images there were."""
-    opened = open_images(images, gan, world)
+    opened = open_images(images, gan, world, labelled=False)
     sources = torch.cat([batch.cpu() for given in opened for batch, *_ in given.evaluation_batches(BATCH_SIZE)])
-    columns = [sources, *(gan.translate(sources, name) for name in classes)]
+    columns = [sources, *(gan.translate(sources, number) for number in classes)]
     output.parent.mkdir(parents=True, exist_ok=True)
     sample_grid(torch.stack(columns, 1).flatten(0, 1), len(columns)).save(output)
     return len(sources)
 
 
-def write_files(gan: TrainedGAN, images: Sequence[str], classes: Sequence[str], output: Path, world: World) -> int:
+def write_files(gan: TrainedGAN, images: Sequence[str], classes: Sequence[int], output: Path, world: World) -> int:
     """A folder with a directory a class, in which the files are called as the images; it appears whole or not at all."""
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
     names: dict[str, str] = {}  # of files, and of the images that they are made of
-    try:
-        for given in open_images(images, gan, world):
+    folders = gan.class_folders(classes)
+    with whole_folder(output) as partial:
+        for folder in folders.values():
+            (partial / folder).mkdir()
+        for given in open_images(images, gan, world, labelled=False):
             sources = map(given.name, range(len(given)))
             for batch, *_ in given.evaluation_batches(BATCH_SIZE):
                 files = [_new_name(next(sources), names) for _ in batch]
-                for name in classes:
-                    folder = partial / name.replace("/", "_")
-                    folder.mkdir(parents=True, exist_ok=True)
-                    for file, image in zip(files, gan.translate(batch, name), strict=True):
-                        to_pil_image(image).save(folder / file)
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+                for number, folder in folders.items():
+                    for file, image in zip(files, gan.translate(batch, number), strict=True):
+                        to_pil_image(image).save(partial / folder / file)
     return len(names)
 
 

@@ -20,6 +20,11 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
     return run_dir / FOLDER / f"step-{step:08d}"
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Rather than a run's folder."""
+    return (path / META).exists() or _STEP.fullmatch(path.resolve().name) is not None
+
+
 def all_steps(run_dir: Path) -> list[Path]:
     """The checkpoints of a run, oldest first, and what looks like one but has no manifest."""
     folder = run_dir / FOLDER

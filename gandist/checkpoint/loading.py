@@ -11,7 +11,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from gandist.checkpoint.folder import DAMAGED, FOLDER, checkpoint_path, complete_steps, find_damage, mismatches, read_sums
+from gandist.checkpoint.folder import (
+    DAMAGED,
+    FOLDER,
+    checkpoint_path,
+    complete_steps,
+    find_damage,
+    is_checkpoint,
+    mismatches,
+    read_sums,
+)
 from gandist.checkpoint.retention import best
 from gandist.checkpoint.tensors import Tensors, flatten, nest
 from gandist.config import CheckpointConfig
@@ -51,7 +60,9 @@ def choose(path: Path, *, step: int | None = None, best_by: CheckpointConfig | N
 
     best_by: says what the best one is
     """
-    if path.parent.name == FOLDER:
+    if is_checkpoint(path):
+        if best_by or step is not None:
+            raise CheckpointError(f"{path} is one checkpoint: there is no other to choose")
         chosen = path
     elif best_by:
         chosen = best(path, best_by)

@@ -63,7 +63,12 @@ def encode(image: bytes | Image.Image, encoding: Encoding) -> EncodedImage:
 def upright(image: bytes | Image.Image, channels: int) -> np.ndarray:
     """The pixels of a file's content, or of an image without a file, uint8 [H, W, C], turned as its EXIF data say. Raises
     ImageError."""
-    return _turn(_pixels(image, channels), _inspect(image)[1])
+    if isinstance(image, bytes):
+        return _turn(_pixels(image, channels), _inspect(image)[1])
+    try:
+        return _pixels(ImageOps.exif_transpose(image), channels)
+    except PILLOW_ERRORS as error:
+        raise unreadable(error) from error
 
 
 def encode_png(image: np.ndarray) -> bytes:

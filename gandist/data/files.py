@@ -48,7 +48,7 @@ class ImageFiles:
         for path in map(self.name, range(len(self))):
             status = os.stat(path)
             described += f"{path} {status.st_size} {status.st_mtime_ns}\n"
-        self.identity = hashlib.sha256(f"{described}{self._format}".encode()).hexdigest()[:32]
+        self.identity = hashlib.sha256(os.fsencode(f"{described}{self._format}")).hexdigest()[:32]
 
     def __len__(self) -> int:
         return int(self._ends[-1])

@@ -39,6 +39,7 @@ from gandist.resolution import resolution_of
 SHUFFLE_SEED = 0
 _FORMAT = 1  # raised when the same images would make other shards
 _NAMED_FAILURES = 10
+_PLAN = "plan.json"
 
 
 class FolderExists(DataError):
@@ -122,6 +123,25 @@ def write_shards_on_all_ranks(
                 _finish(folder, name, classes, shards, encoding)
 
 
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """FOLDER.partial, to be written into: in the end it becomes the folder, or after an error it is gone.
+
+    Raises FolderExists, also where shards were begun that are not to be lost.
+    """
+    check_absent(folder)
+    partial = _partial(folder)
+    if (partial / _PLAN).exists():
+        raise FolderExists(f"{partial} holds shards that are not finished: name another folder, or remove it")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def _partial(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.partial")
 
@@ -182,7 +202,7 @@ def _check_plan(partial: Path, digest: str) -> None:
     """Begins a partial folder, or checks that it was begun for the same. Raises DataError."""
     for leftover in partial.glob("*.tmp"):
         leftover.unlink()
-    plan = partial / "plan.json"
+    plan = partial / _PLAN
     if not plan.exists():
         _write_whole(plan, json.dumps({"digest": digest}))
     elif json.loads(plan.read_text())["digest"] != digest:

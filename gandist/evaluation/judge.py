@@ -18,7 +18,7 @@ from gandist.arguments import positive
 from gandist.config import DataConfig
 from gandist.config_file import load_config
 from gandist.data import open_dataset
-from gandist.distributed import World, join_world, run
+from gandist.distributed import World, join_alone, run
 from gandist.errors import ConfigError, GandistError
 from gandist.evaluation.classification import Classification
 
@@ -147,9 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ).data
     if not data.num_classes:
         raise ConfigError("a judge tells classes apart: data.num_classes is 0")
-    with join_world() as world:
-        if world.size > 1:
-            raise ConfigError("the judge is trained by one process: start it with python, not with torchrun")
+    with join_alone("the judge is trained") as world:
         torch.manual_seed(0)
         judge = Judge(max(data.size), data.channels, data.num_classes).to(world.device, memory_format=torch.channels_last)
         dataset = open_dataset(data.train, data, world)
