@@ -96,14 +96,11 @@ def _compare(inception_file: Path, folders: list[Path], cache_dir: Path, json_fi
         evaluate.main(["images", *map(str, folders), *options, "--json", str(json_file)])
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_images_are_scored_as_torch_fidelity_does(
-    inception_file: Path, folders: list[Path], tmp_path: Path, world_size: int
-) -> None:
-    run_ranks(world_size, _compare, inception_file, folders, tmp_path / "cache", tmp_path / "found.json")
-    records = {each["metric"]: each for each in json.loads((tmp_path / "found.json").read_text())["records"]}
+@pytest.fixture(scope="module")
+def torch_fidelitys(inception_file: Path, folders: list[Path]) -> dict[str, float]:
+    """Its own values."""
     settings = {"cuda": False, "verbose": False, "cache": False, "save_cpu_ram": True, "batch_size": 10}
-    expected = torch_fidelity.calculate_metrics(
+    return torch_fidelity.calculate_metrics(
         input1=str(folders[0]),
         input2=str(folders[1]),
         fid=True,
@@ -112,9 +109,17 @@ def test_images_are_scored_as_torch_fidelity_does(
         feature_extractor_weights_path=str(inception_file),
         **settings,
     )
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_images_are_scored_as_torch_fidelity_does(
+    inception_file: Path, folders: list[Path], torch_fidelitys: dict[str, float], tmp_path: Path, world_size: int
+) -> None:
+    run_ranks(world_size, _compare, inception_file, folders, tmp_path / "cache", tmp_path / "found.json")
+    records = {each["metric"]: each for each in json.loads((tmp_path / "found.json").read_text())["records"]}
     fid = records["eval/fid"]
-    assert fid["value"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-4)
-    assert records["eval/kid"]["value"] == pytest.approx(expected["kernel_inception_distance_mean"], rel=1e-4)
+    assert fid["value"] == pytest.approx(torch_fidelitys["frechet_inception_distance"], rel=1e-4)
+    assert records["eval/kid"]["value"] == pytest.approx(torch_fidelitys["kernel_inception_distance_mean"], rel=1e-4)
     assert (fid["n_fake"], fid["n_real"], fid["extractor"]) == (24, 31, "inception-2015-12-05")
     assert fid["weights_sha256"] == sha256(inception_file)
 
