@@ -145,7 +145,7 @@ def _count_bytes(trainer: Trainer) -> list[int]:
     """What DDP exchanges from now on, in the first place of this list."""
     counted = [0]
 
-    def hook(state: None, bucket: dist.GradBucket) -> torch.futures.Future:
+    def hook(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
         counted[0] += bucket.buffer().nbytes
         summed = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True).get_future()
         return summed.then(lambda future: future.value()[0])

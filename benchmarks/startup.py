@@ -21,7 +21,7 @@ def time_marks(command: list[str]) -> dict[str, float]:
             for mark, start in MARKS.items():
                 if line.startswith(start):
                     found.setdefault(mark, time.perf_counter() - begin)
-    return found | {"whole": time.perf_counter() - begin}
+    return found
 
 
 def main() -> None:
@@ -39,9 +39,7 @@ def main() -> None:
                     command = [sys.executable, "-m", *module, f"run_dir={folder}/run", f"train.kimg={kimg}"]
                     marks = time_marks([*command, *OPTIONS, *options.overrides])
                     seconds.setdefault((launcher, kind), []).append(marks)
-    imports = [time_marks([sys.executable, "-c", "import gandist.train"])["whole"] for _ in range(options.rounds)]
     print(header())
-    print(f"import gandist.train alone: {median(imports):.1f} s")
     rows = [[*key, *(f"{median(marks[mark] for marks in found):.1f}" for mark in MARKS)] for key, found in seconds.items()]
     print(table(["launched by", "run", *(f"to {mark}, s" for mark in MARKS)], rows))
 
