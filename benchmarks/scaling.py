@@ -97,12 +97,12 @@ def measure(options: argparse.Namespace) -> None:
         batches = trainer.train_set.training_batches(seed=0, batch_size=batch_size, start=0)
         exchanged = _count_bytes(trainer)
         trainer.train_step(batches)
-        volume, exchanged[0] = exchanged[0], 0
+        volume = exchanged[0]
         turns = [
-            (_seconds(trainer, batches, options.steps, world), *_alone(trainer, batches, options, world)) for _ in range(5)
+            (_seconds(trainer, batches, options.steps, world), _alone(trainer, batches, options.steps, world)) for _ in range(5)
         ]
         whole, alone = (median(turn[place] for turn in turns) for place in (0, 1))
-        hidden = median((turn[0] - turn[1]) / turn[0] for turn in turns)
+        exposed = median((turn[0] - turn[1]) / turn[0] for turn in turns)
         if world.is_main:
             print(header())
             parameters = sum(
@@ -118,16 +118,18 @@ def measure(options: argparse.Namespace) -> None:
                 "exchanged, bytes",
                 "4 · weights",
             ]
-            row = [world.size, batch_size, f"{1e3 * whole:.1f}", f"{1e3 * alone:.1f}", f"{hidden:.1%}"]
+            row = [world.size, batch_size, f"{1e3 * whole:.1f}", f"{1e3 * alone:.1f}", f"{exposed:.1%}"]
             print(table(head, [[*row, f"{batch_size / whole:,.0f}", f"{volume:,}", f"{4 * parameters:,}"]]))
 
 
-def _alone(trainer: Trainer, batches: Iterator, options: argparse.Namespace, world: World) -> tuple[float]:
+def _alone(trainer: Trainer, batches: Iterator, steps: int, world: World) -> float:
+    """As `_seconds`, without the exchange of gradients."""
+
     def never(player: DDPPlayer, last: bool) -> AbstractContextManager:
         return player.parallel.no_sync()
 
     with patch.object(DDPPlayer, "exchanging", never):
-        return (_seconds(trainer, batches, options.steps, world),)
+        return _seconds(trainer, batches, steps, world)
 
 
 def _seconds(trainer: Trainer, batches: Iterator, steps: int, world: World) -> float:

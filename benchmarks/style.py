@@ -9,12 +9,11 @@ from pathlib import Path
 
 import torch
 
-from gandist import checkpoint
 from gandist.config import RUN_CONFIG
 from gandist.config_file import load_config
 from gandist.data import normalize, open_dataset
 from gandist.distributed import join_world, run
-from gandist.models import build_generator
+from gandist.trained import load
 
 
 def style_of(images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -35,10 +34,7 @@ def style_of(images: torch.Tensor) -> dict[str, torch.Tensor]:
 def main(run_dir: Path) -> None:
     with join_world() as world:
         config = load_config(run_dir / RUN_CONFIG)
-        generator = build_generator(config.model, config.data).eval()
-        weights = generator.state_dict()
-        path = checkpoint.newest(run_dir, world)
-        checkpoint.load(path, {"generator_ema": weights}, world)
+        gan = load(run_dir, device=world.device)
         held_out = open_dataset(config.data.test, config.data, world, split="test")
         (images, labels, _) = next(held_out.evaluation_batches(len(held_out)))
         images = normalize(images, torch.float32)
@@ -48,11 +44,11 @@ def main(run_dir: Path) -> None:
             for target in range(config.data.num_classes):
                 if target == source:
                     continue
-                translated = style_of(generator(some, torch.full((len(some),), target)))
+                translated = style_of(gan.generator(some, torch.full((len(some),), target)))
                 for name, value in style_of(some).items():
                     both = torch.stack([value, translated[name]])
                     pairs.setdefault(name, []).append(both - both.mean(1, keepdim=True))
-        print(f"{path}: {len(images)} images, each as {config.data.num_classes - 1} other classes")
+        print(f"{gan.origin['checkpoint']}: {len(images)} images, each as {config.data.num_classes - 1} other classes")
         for name, values in pairs.items():
             print(f"{name:<6} {torch.corrcoef(torch.cat(values, 1))[0, 1]:+.2f}")
 

@@ -39,6 +39,11 @@ def resolution(text: str) -> int | tuple[int, int]:
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """What to load: `run`, `step`, `best`."""
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, a checkpoint's, or an exported one")
+    add_choice(parser)
+
+
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """Which of a run's checkpoints: `step`, `best`."""
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--step", type=positive, metavar="N", help="this checkpoint of the run (default: the newest)")
     chosen.add_argument("--best", action="store_true", help="the best one by the run's checkpoint.best")

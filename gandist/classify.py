@@ -57,8 +57,7 @@ def classify(
     gan: TrainedGAN, images: Sequence[str], world: World, *, top: int = 1
 ) -> tuple[list[Prediction], Evaluation | None]:
     """Of files, folders and shards; and how right they are, where there are labels. Raises ConfigError, DataError."""
-    if not gan.class_names:
-        raise ConfigError("this model was trained without classes: there is nothing to tell apart")
+    gan.check_classifies()
     verdicts = Classification(len(gan.class_names), world)
     predictions, labelled = [], 0
     for images_of_one in open_images(images, gan, world):
@@ -76,8 +75,7 @@ def classify(
 
 def _evaluate(verdicts: Classification, labelled: int) -> Evaluation:
     report = verdicts.report()
-    values = {"top1": report.top1, "top5": report.top5, "balanced_accuracy": report.balanced_accuracy}
-    records = [Record(f"classification/{name}", value, n_real=labelled) for name, value in values.items() if value is not None]
+    records = [Record(f"classification/{name}", value, n_real=labelled) for name, value in report.accuracies.items()]
     return Evaluation(records, report)
 
 

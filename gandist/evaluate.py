@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from gandist import checkpoint
-from gandist.arguments import positive
+from gandist.arguments import add_choice
 from gandist.config import RUN_CONFIG, Config, DataConfig, EvaluationConfig
 from gandist.config_file import load_config
 from gandist.data import Dataset, open_dataset
@@ -136,9 +136,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "subject", nargs="+", metavar="RUN", help="a run's folder, a checkpoint's, `images A B`, or `reference IMAGES FILE.npz`"
     )
-    chosen = parser.add_mutually_exclusive_group()
-    chosen.add_argument("--step", type=positive, metavar="N", help="this checkpoint of the run (default: the newest)")
-    chosen.add_argument("--best", action="store_true", help="the best one by the run's checkpoint.best")
+    add_choice(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the records there, too")
     parser.add_argument(
         "--extractor", choices=EXTRACTORS, default="inception", help="whose features a reference is of (default: %(default)s)"

@@ -1,7 +1,7 @@
 """A trained GAN, to be used: `gandist.load(PATH)`."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from gandist import checkpoint
-from gandist.config import RUN_CONFIG, CheckpointConfig, DataConfig, ModelConfig
+from gandist.config import RUN_CONFIG, DataConfig, ModelConfig
 from gandist.config_file import load_config, nearest
 from gandist.data import normalize, to_uint8
 from gandist.data.decode import ImageError, Resize, fit
@@ -31,7 +31,6 @@ FORMAT = 1  # of an exported folder
 BATCH_SIZE = 256  # images in one pass
 NAMED = 8  # tensors in a report
 IMAGE_KEYS = {"resolution", "channels", "num_classes", "resize"}  # of DataConfig: what the networks are built for
-
 ORIGIN = ("step", "kimg", "metrics", "config", "versions")  # of a checkpoint's meta.json
 
 Picture = Path | str | bytes | Image.Image
@@ -67,9 +66,8 @@ class TrainedGAN:
         """Of a class by its name, or by its number, which may also be written as text. Raises ConfigError."""
         if name in self.class_names:
             return self.class_names.index(name)
-        if name in (numbers := range(len(self.class_names))):
-            return int(name)
-        if name in map(str, numbers):
+        numbers = range(len(self.class_names))
+        if name in numbers or name in map(str, numbers):
             return int(name)
         if not self.class_names:
             raise ConfigError(f"no class {name!r}: this model was trained without classes")
@@ -99,6 +97,11 @@ class TrainedGAN:
         if not self.model.translates:
             raise ConfigError(f"model.family={self.model.family} makes images of latents: it generates and does not translate")
 
+    def check_classifies(self) -> None:
+        """Raises ConfigError where there are no classes."""
+        if not self.class_names:
+            raise ConfigError("this model was trained without classes: there is nothing to tell apart")
+
     @torch.no_grad()
     def generate(
         self,
@@ -118,11 +121,7 @@ class TrainedGAN:
         if not len(numbers):
             raise ConfigError("no images are asked for")
         labels = self._labels(numbers, classes)
-        parts = [
-            self._synthesize(self._latents(some.tolist(), seed, truncation), labels_of_some, truncation)
-            for some, labels_of_some in zip(torch.from_numpy(numbers).split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True)
-        ]
-        return torch.cat(parts), labels
+        return self._synthesize(self._latents(numbers.tolist(), seed, truncation), labels, truncation), labels
 
     @torch.no_grad()
     def interpolate(
@@ -139,8 +138,7 @@ class TrainedGAN:
         ends = self._latents(range(2 * paths), seed, truncation).view(paths, 2, -1)
         latents = slerp(ends[:, :1], ends[:, 1:], torch.linspace(0, 1, steps)[None, :, None])
         labels = self._labels(np.arange(paths), classes).repeat_interleave(steps)
-        batches = zip(latents.flatten(0, 1).split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True)
-        return torch.cat([self._synthesize(some, labels, truncation) for some, labels in batches])
+        return self._synthesize(latents.flatten(0, 1), labels, truncation)
 
     @torch.no_grad()
     def translate(self, images: torch.Tensor | Picture | Sequence[Picture], to: str | int) -> torch.Tensor:
@@ -150,12 +148,7 @@ class TrainedGAN:
         """
         self.check_translates()
         labels = torch.tensor([self.class_number(to)], device=self.device)
-        with full_float32():
-            parts = [
-                to_uint8(self.generator(normalize(some.to(self.device), torch.float32), labels.expand(len(some)))).cpu()
-                for some in self._uint8(images).split(BATCH_SIZE)
-            ]
-        return torch.cat(parts)
+        return self._of_images(images, lambda some: to_uint8(self.generator(some, labels.expand(len(some)))))
 
     @torch.no_grad()
     def classify(self, images: torch.Tensor | Picture | Sequence[Picture]) -> torch.Tensor:
@@ -163,14 +156,8 @@ class TrainedGAN:
 
         Raises ConfigError for a model without classes and images of another shape, DataError for files that cannot be read.
         """
-        if not self.class_names:
-            raise ConfigError("this model was trained without classes: there is nothing to tell apart")
-        with full_float32():
-            parts = [
-                self.discriminator.classify(normalize(some.to(self.device), torch.float32)).softmax(1).cpu()
-                for some in self._uint8(images).split(BATCH_SIZE)
-            ]
-        return torch.cat(parts)
+        self.check_classifies()
+        return self._of_images(images, lambda some: self.discriminator.classify(some).softmax(1))
 
     def read(self, image: Picture) -> torch.Tensor:
         """An image of any size, by its path, its file's content or as Pillow has it → uint8 [C, H, W], as the networks know
@@ -185,6 +172,16 @@ class TrainedGAN:
             where = f"{image}: " if isinstance(image, Path | str) else ""
             raise DataError(where + (getattr(error, "strerror", None) or str(error))) from error
         return torch.from_numpy(np.array(pixels)).permute(2, 0, 1)
+
+    def _of_images(
+        self, images: torch.Tensor | Picture | Sequence[Picture], compute: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """compute: of images [B, C, H, W] in [-1, 1] → [B, …]; gives [N, …], on the CPU. Raises as `_uint8`."""
+        with full_float32():
+            parts = [
+                compute(normalize(some.to(self.device), torch.float32)).cpu() for some in self._uint8(images).split(BATCH_SIZE)
+            ]
+        return torch.cat(parts)
 
     def _uint8(self, images: torch.Tensor | Picture | Sequence[Picture]) -> torch.Tensor:
         """uint8 [B, C, H, W]. Raises ConfigError for a tensor that is not so, of the model's own C, H and W."""
@@ -215,9 +212,11 @@ class TrainedGAN:
         return torch.cat([draw_latents(stream, 1, self.model.latent_dim, bound) for stream in streams])
 
     def _synthesize(self, latents: torch.Tensor, labels: torch.Tensor, truncation: float | None) -> torch.Tensor:
-        """uint8 [B, C, H, W]"""
+        """uint8 [N, C, H, W], on the CPU"""
+        batches = zip(latents.split(BATCH_SIZE), labels.split(BATCH_SIZE), strict=True)
         with full_float32(), truncating(self.generator, truncation):
-            return to_uint8(self.generator(latents.to(self.device), labels.to(self.device))).cpu()
+            parts = [to_uint8(self.generator(*(each.to(self.device) for each in batch))).cpu() for batch in batches]
+        return torch.cat(parts)
 
 
 def load(
@@ -249,8 +248,10 @@ def _find(path: Path, step: int | None, best: bool) -> Path:
         if best or step is not None:
             raise ConfigError(f"{path} was exported from one checkpoint: there is no other to choose")
         return path
-    run_config = path / RUN_CONFIG
-    best_by = load_config(run_config).checkpoint if best and run_config.exists() else CheckpointConfig() if best else None
+    best_by = None
+    if best:
+        run_config = path / RUN_CONFIG
+        best_by = load_config(run_config if run_config.exists() else None).checkpoint
     return checkpoint.choose(path, step=step, best_by=best_by)
 
 

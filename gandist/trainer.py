@@ -187,8 +187,7 @@ class Trainer:
         for update in range(train.discriminator_updates):
             real, real_labels = self._next_real(batches, update)
             with record_function("discriminator update"):
-                latents, labels = self._latents(Purpose.DISCRIMINATOR, update)
-                latents, labels = real if self.translates else latents, real_labels if self.paired else labels
+                latents, labels = self._wanted(real, real_labels, *self._latents(Purpose.DISCRIMINATOR, update))
                 noise = self._noise(Purpose.DISCRIMINATOR_NOISE, update, self.discriminator.objective.columns)
                 penalized = (self.step * train.discriminator_updates + update) % loss.penalty_every == 0
                 drawn = real, real_labels, latents, labels, noise
@@ -201,8 +200,7 @@ class Trainer:
         drawn = latents, labels, noise
         if self.generator.objective.wants_real:
             real, real_labels = self._next_real(batches, train.discriminator_updates)
-            latents, labels = real if self.translates else latents, real_labels if self.paired else labels
-            drawn = latents, labels, noise, real, real_labels
+            drawn = *self._wanted(real, real_labels, latents, labels), noise, real, real_labels
         penalized = self.step % loss.path_length_every == 0
         with record_function("generator update"), frozen(self.discriminator.network):
             micro_batches = zip(*(each.chunk(count) for each in drawn), strict=True)
@@ -317,6 +315,12 @@ class Trainer:
         latents, labels = self.randomness.draw(purpose, self.step, update)
         device = self.world.device
         return upload(latents, device).to(self.precision.dtype), upload(labels, device)
+
+    def _wanted(
+        self, real: torch.Tensor, real_labels: torch.Tensor, latents: torch.Tensor, labels: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What images are made of: real ones, where they are translated; their labels: of real ones, where they are paired."""
+        return real if self.translates else latents, real_labels if self.paired else labels
 
     def _noise(self, purpose: Purpose, update: int, columns: Columns) -> torch.Tensor:
         """float32 [B / world_size, columns]"""

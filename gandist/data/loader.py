@@ -98,8 +98,7 @@ class EvaluationBatches:
         self._count = min(self._size, self.limit or self._size)
 
     def samples(self, batches: Sequence[int]) -> list[np.ndarray]:
-        firsts = [(self.rank + batch * self.world_size) * self.batch_size for batch in batches]
-        places = [np.arange(first, min(first + self.batch_size, self._count)) for first in firsts if first < self._count]
+        places = _dealt(batches, self.batch_size, self.rank, self.world_size, self._count)
         return [place * self._size // self._count for place in places]
 
     def shards_from(self, batch: int) -> list[int]:
@@ -120,13 +119,18 @@ class ShuffledBatches:
     limit: int
 
     def samples(self, batches: Sequence[int]) -> list[np.ndarray]:
-        firsts = [(self.rank + batch * self.world_size) * self.batch_size for batch in batches]
-        places = [np.arange(first, min(first + self.batch_size, self.limit)) for first in firsts if first < self.limit]
+        places = _dealt(batches, self.batch_size, self.rank, self.world_size, self.limit)
         return [self.order.samples(place) for place in places]
 
     def shards_from(self, batch: int) -> list[int]:
         """Those of the block where it begins."""
         return self.order.block((self.rank + batch * self.world_size) * self.batch_size).shards.tolist()
+
+
+def _dealt(batches: Sequence[int], batch_size: int, rank: int, world_size: int, count: int) -> list[np.ndarray]:
+    """The places of these batches of a rank, among `count` that are dealt to all ranks batch by batch."""
+    firsts = [(rank + batch * world_size) * batch_size for batch in batches]
+    return [np.arange(first, min(first + batch_size, count)) for first in firsts if first < count]
 
 
 @dataclass

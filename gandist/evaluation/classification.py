@@ -24,6 +24,12 @@ class ClassificationReport:
     f1: list[float]
     confusion: list[list[int]]
 
+    @property
+    def accuracies(self) -> dict[str, float]:
+        """Those of top1, top5 and balanced_accuracy that there are."""
+        values = {"top1": self.top1, "top5": self.top5, "balanced_accuracy": self.balanced_accuracy}
+        return {name: value for name, value in values.items() if value is not None}
+
 
 class Classification:
     """Collects predictions of this rank and reports over all."""

@@ -177,10 +177,8 @@ class Evaluator:
                 records += [Record(f"eval/reconstruction_{name}", value, **sampled, **made) for name, value in values.items()]
             if "accuracy" in settings.metrics:
                 report = self._classify_test_set(discriminator)
-                values = {"top1": report.top1, "top5": report.top5, "balanced_accuracy": report.balanced_accuracy}
                 made = progress | {"split": "test", "n_real": len(self.test_set)}
-                known = {name: value for name, value in values.items() if value is not None}
-                records += [Record(f"classification/test_{name}", value, **made) for name, value in known.items()]
+                records += [Record(f"classification/test_{name}", value, **made) for name, value in report.accuracies.items()]
         return Evaluation(records, report, per_class)
 
     def measure_checkpoint(self, path: Path, **options: Any) -> Evaluation:
