@@ -59,11 +59,11 @@ def train_alone(config: Config, world: World) -> float:
         chosen = torch.randint(len(labelled.labels), (BATCH_SIZE,))
         images, labels = labelled.images[chosen], labelled.labels[chosen]
         images = augmentation(images, torch.rand(BATCH_SIZE, augmentation.columns), torch.zeros(()))
-        power_iteration(network)
         loss = cross_entropy(network(images, labels).class_logits, labels).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        power_iteration(network)
         schedule.step()
     with torch.no_grad():
         predictions = network.eval()(*held_out).class_logits.argmax(1)

@@ -1,7 +1,7 @@
 """One update of both players as research code makes it: the yardstick of `benchmarks.step` and `benchmarks.regress`.
 
-The same networks, but spectral norm by torch, with a power iteration in every forward pass; real and generated images in a pass
-each; NCHW; Adam and the average one tensor after the other.
+The same networks, but spectral norm by torch, with a power iteration in every forward pass; convolutions after upsampling and
+before pooling; real and generated images in a pass each; NCHW; Adam and the average one tensor after the other.
 """
 
 import copy
@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from gandist.config import Config
 from gandist.models import build_discriminator, build_generator
+from gandist.models.layers import DownConv2d, UpConv2d
 from gandist.models.spectral_norm import SpectralNorm
 
 
@@ -62,12 +63,25 @@ class PlainStep:
 
 
 def as_torch_has_it(network: nn.Module) -> nn.Module:
-    """The network with torch's own spectral norm and batch norm."""
+    """The network with torch's own spectral norm and batch norm, and convolutions at the higher resolution."""
     for module in list(network.modules()):
-        if parametrize.is_parametrized(module) and isinstance(module.parametrizations.weight[0], SpectralNorm):
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
-            nn.utils.parametrizations.spectral_norm(module)
         for name, child in module.named_children():
-            if isinstance(child, _BatchNorm):
-                setattr(module, name, nn.BatchNorm2d(child.num_features, eps=child.eps, affine=child.affine))
+            setattr(module, name, _plain(child))
     return network
+
+
+def _plain(layer: nn.Module) -> nn.Module:
+    normed = parametrize.is_parametrized(layer) and isinstance(layer.parametrizations.weight[0], SpectralNorm)
+    if normed:
+        parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+    plain = layer
+    if isinstance(layer, _BatchNorm):
+        plain = nn.BatchNorm2d(layer.num_features, eps=layer.eps, affine=layer.affine)
+    if isinstance(layer, UpConv2d | DownConv2d):
+        plain = nn.Conv2d(layer.in_channels, layer.out_channels, 3, padding=1, bias=layer.bias is not None)
+        plain.load_state_dict(layer.state_dict())
+    if normed:
+        nn.utils.parametrizations.spectral_norm(plain)
+    if isinstance(layer, UpConv2d):
+        return nn.Sequential(nn.Upsample(scale_factor=2), plain)
+    return nn.Sequential(plain, nn.AvgPool2d(2)) if isinstance(layer, DownConv2d) else plain

@@ -96,7 +96,7 @@ def test_spectral_norm_is_torchs(layer: nn.Module) -> None:
     torch.nn.utils.parametrizations.spectral_norm(theirs)
     our, their = mine.parametrizations.weight[0], theirs.parametrizations.weight[0]
     our.u.copy_(their._u)
-    our.v.copy_(their._v)
+    our.v.copy_(their._v.view(1, *layer.weight.shape[1:]).movedim(1, -1).flatten())
     for _ in range(3):
         power_iteration(nn.Sequential(mine))  # theirs iterates in its forward
         gradients = []

@@ -50,7 +50,6 @@ class Player(ABC):
         rates = self.rates(seen)
         for group in self.optimizer.param_groups:
             group.update(rates)
-        power_iteration(self.network)
         collected = []
         for number, inputs in enumerate(micro_batches, start=1):
             with self.exchanging(number == count):
@@ -58,7 +57,9 @@ class Player(ABC):
                 # A loss that is not finite on one rank makes the gradient so on all.
                 self.backward(loss / count * torch.where(loss.isfinite(), 1.0, torch.nan))
             collected.append(statistics)
-        return [*collected, {f"grad/{self.name}_norm": self.step(step)}]
+        norm = self.step(step)
+        power_iteration(self.network)
+        return [*collected, {f"grad/{self.name}_norm": norm}]
 
     def state_dict(self) -> dict:
         """The tensors of the network, of the objective beside it, and of Adam, by parameter name; equal on all ranks."""

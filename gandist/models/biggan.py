@@ -15,7 +15,7 @@ from torch import nn
 
 from gandist.config import DataConfig, ModelConfig
 from gandist.errors import ConfigError
-from gandist.models.layers import SyncBatchNorm
+from gandist.models.layers import SyncBatchNorm, modulate
 from gandist.models.residual import Layout, ResidualTrunk, ResidualUpBlock, attention_layers, find_layout
 from gandist.models.spectral_norm import spectral_norm
 from gandist.resolution import SMALLEST, as_option
@@ -53,9 +53,7 @@ class LinearlyConditionedBatchNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """x [B, C, H, W], condition [B, D] → [B, C, H, W]"""
-        gain = 1 + self.gain(condition)[:, :, None, None]
-        bias = self.bias(condition)[:, :, None, None]
-        return torch.addcmul(bias, self.norm(x), gain)
+        return modulate(self.norm(x), 1 + self.gain(condition), self.bias(condition))
 
 
 class BigGANGenerator(nn.Module):

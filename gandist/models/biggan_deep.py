@@ -17,7 +17,7 @@ from torch import nn
 
 from gandist.config import DataConfig, ModelConfig
 from gandist.models.biggan import EMBEDDING, LAYOUTS, LinearlyConditionedBatchNorm, normalized, orthogonal
-from gandist.models.layers import Block, SyncBatchNorm, Trunk
+from gandist.models.layers import Block, SyncBatchNorm, Trunk, UpConv2d
 from gandist.models.residual import attention_layers, find_layout, upsample
 from gandist.resolution import SMALLEST
 
@@ -37,21 +37,21 @@ class BottleneckUpBlock(Block):
         self.norm1 = norm(before)
         self.conv1 = normalized(nn.Conv2d(before, inside, 1))
         self.norm2 = norm(inside)
-        self.conv2 = normalized(nn.Conv2d(inside, inside, 3, padding=1))
+        self.conv2 = normalized((UpConv2d if double else nn.Conv2d)(inside, inside, 3, padding=1))
         self.norm3 = norm(inside)
         self.conv3 = normalized(nn.Conv2d(inside, inside, 3, padding=1))
         self.norm4 = norm(inside)
         self.conv4 = normalized(nn.Conv2d(inside, after, 1))
         self.after = after
-        self.resample = upsample if double else nn.Identity()
+        self.upsample = upsample if double else nn.Identity()
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """x [B, C, H, W], condition [B, D] → [B, C', 2H, 2W], or of the same size"""
         h = self.conv1(F.relu(self.norm1(x, condition)))
-        h = self.conv2(self.resample(F.relu(self.norm2(h, condition))))
+        h = self.conv2(F.relu(self.norm2(h, condition)))
         h = self.conv3(F.relu(self.norm3(h, condition)))
         h = self.conv4(F.relu(self.norm4(h, condition)))
-        return h + self.resample(x[:, : self.after])
+        return h + self.upsample(x[:, : self.after])
 
 
 class BottleneckDownBlock(Block):

@@ -165,13 +165,9 @@ def track(running: torch.Tensor, value: torch.Tensor, momentum: float) -> None:
 
 @torch.no_grad()
 def _move(running: list[torch.Tensor], values: list[torch.Tensor], momentum: float) -> None:
-    """Of one shape: an element stays where it is unless all its values are finite."""
-    values = [value.to(each.dtype) for each, value in zip(running, values, strict=True)]
-    total = sum(values[1:], values[0])
-    finite = total - total == 0
-    values = [torch.where(finite, value, each) for each, value in zip(running, values, strict=True)]
     # Not `running.lerp_`, which functorch refuses in a `vjp`, where a compiled gradient penalty runs.
-    torch._foreach_lerp_(running, values, momentum)
+    changes = torch._foreach_sub([value.to(each.dtype) for each, value in zip(running, values, strict=True)], running)
+    torch._foreach_add_(running, [change.nan_to_num(0.0, 0.0, 0.0) for change in changes], alpha=momentum)
 
 
 def rank_and_size() -> tuple[int, int]:
@@ -215,9 +211,31 @@ class ConditionalBatchNorm(nn.Module):
         """x [B, C, H, W], labels int64 [B] → [B, C, H, W]"""
         if not self.num_classes:
             labels = torch.zeros_like(labels)
-        gain = 1 + self.gain(labels)[:, :, None, None]
-        bias = self.bias(labels)[:, :, None, None]
-        return torch.addcmul(bias, self.norm(x), gain)
+        return modulate(self.norm(x), 1 + self.gain(labels), self.bias(labels))
+
+
+def modulate(x: torch.Tensor, gain: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """x [B, C, H, W], gain and bias [B, C] → [B, C, H, W]"""
+    shape = (*gain.shape, 1, 1)
+    return torch.addcmul(bias.view(shape), x, gain.view(shape))
+
+
+class UpConv2d(nn.Conv2d):
+    """Each pixel four times, then this 3×3 convolution: together a transposed one of 4×4, with 4/9 of the products and without
+    the larger feature map. The same but for rounding."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] → [B, C', 2H, 2W]"""
+        kernel = F.avg_pool2d(self.weight, 2, stride=1, padding=1, divisor_override=1)
+        return F.conv_transpose2d(x, kernel.flip(2, 3).transpose(0, 1), self.bias, stride=2, padding=1)
+
+
+class DownConv2d(nn.Conv2d):
+    """This 3×3 convolution, then the mean of each 2×2 pixels: together one of 4×4, as for `UpConv2d`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, C, H, W] → [B, C', H/2, W/2]"""
+        return F.conv2d(x, F.avg_pool2d(self.weight, 2, stride=1, padding=1), self.bias, stride=2, padding=1)
 
 
 class LowPass(nn.Module):

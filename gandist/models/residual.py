@@ -10,7 +10,7 @@ from torch import nn
 
 from gandist.config import DataConfig, ModelConfig
 from gandist.errors import ConfigError
-from gandist.models.layers import NORMS, Block, Layer, SyncBatchNorm, Trunk, pyramid_of
+from gandist.models.layers import NORMS, Block, DownConv2d, Layer, SyncBatchNorm, Trunk, UpConv2d, pyramid_of
 from gandist.resolution import SMALLEST, Pyramid, as_option
 
 
@@ -50,14 +50,14 @@ class ResidualUpBlock(Block):
     def __init__(self, before: int, after: int, norm: Callable[[int], nn.Module], layer: Layer):
         super().__init__()
         self.norm1 = norm(before)
-        self.conv1 = layer(nn.Conv2d(before, after, 3, padding=1))
+        self.conv1 = layer(UpConv2d(before, after, 3, padding=1))
         self.norm2 = norm(after)
         self.conv2 = layer(nn.Conv2d(after, after, 3, padding=1))
         self.shortcut = layer(nn.Conv2d(before, after, 1))
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """x [B, C, H, W] → [B, C', 2H, 2W]; condition: as the norms take it"""
-        h = self.conv1(upsample(F.relu(self.norm1(x, condition))))
+        h = self.conv1(F.relu(self.norm1(x, condition)))
         h = self.conv2(F.relu(self.norm2(h, condition)))
         return h + upsample(self.shortcut(x))
 
@@ -85,7 +85,7 @@ class ResidualDownBlock(Block):
         self.norm2 = norm(hidden) if preactivate else nn.Identity()
         # Batch norm would take a bias before it away again.
         self.conv1 = layer(nn.Conv2d(before, hidden, 3, padding=1, bias=not isinstance(self.norm2, SyncBatchNorm)))
-        self.conv2 = layer(nn.Conv2d(hidden, after, 3, padding=1))
+        self.conv2 = layer((DownConv2d if halve else nn.Conv2d)(hidden, after, 3, padding=1))
         self.shortcut = layer(nn.Conv2d(before, after, 1)) if halve or before != after else nn.Identity()
         self.pool = nn.AvgPool2d(2) if halve else nn.Identity()
         self.preactivate = preactivate
@@ -94,7 +94,7 @@ class ResidualDownBlock(Block):
         """[B, C, H, W] → [B, C', H/2, W/2], or of the same size"""
         h = self.conv1(F.relu(self.norm1(x)) if self.preactivate else x)
         h = self.conv2(F.relu(self.norm2(h)))
-        return self.pool(h) + self.shortcut(self.pool(x))
+        return h + self.shortcut(self.pool(x))
 
 
 class SelfAttention(Block):
