@@ -19,13 +19,11 @@ from gandist.models.spectral_norm import SpectralNorm
 
 
 class PlainStep:
-    """A step on the CPU: hinge loss, and a class head that learns by itself."""
+    """A step on the CPU: hinge loss, and the class head, if there is one, learns beside it."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, generator: nn.Module, discriminator: nn.Module):
         self.config = config
-        self.generator = as_torch_has_it(build_generator(config.model, config.data))
-        self.discriminator = as_torch_has_it(build_discriminator(config.model, config.data))
-        self.discriminator.head.detached = config.classification.detach
+        self.generator, self.discriminator = generator, discriminator
         self.average = copy.deepcopy(self.generator)
         rates = {"betas": config.optimizer.betas, "eps": config.optimizer.eps, "foreach": False, "fused": False}
         self.optimizers = [
@@ -50,7 +48,7 @@ class PlainStep:
             fake = self.generator(self._latents(len(real)), labels)
         of_real, of_fake = self.discriminator(real, labels), self.discriminator(fake, labels)
         hinge = F.relu(1 - of_real.logits).mean() + F.relu(1 + of_fake.logits).mean()
-        return hinge + F.cross_entropy(of_real.class_logits, labels)
+        return hinge + (F.cross_entropy(of_real.class_logits, labels) if of_real.class_logits.size(1) else 0)
 
     def generator_loss(self, labels: torch.Tensor) -> torch.Tensor:
         self.discriminator.requires_grad_(False)
@@ -60,6 +58,13 @@ class PlainStep:
 
     def _latents(self, count: int) -> torch.Tensor:
         return torch.randn(count, self.config.model.latent_dim)
+
+
+def build_plain(config: Config) -> tuple[nn.Module, nn.Module]:
+    """Generator and discriminator."""
+    discriminator = build_discriminator(config.model, config.data)
+    discriminator.head.detached = config.classification.detach
+    return as_torch_has_it(build_generator(config.model, config.data)), as_torch_has_it(discriminator)
 
 
 def as_torch_has_it(network: nn.Module) -> nn.Module:

@@ -71,7 +71,8 @@ def measurements(folder: str, world: World) -> dict[str, Turn]:
     found: dict[str, Turn] = {}
     for shape, narrow in NARROW.items():
         contest = open_contest(shape, 16, folder, world, *narrow)
-        found[f"step of {shape}"] = contest.ours, contest.theirs, 3
+        steps = contest.contestants()
+        found[f"step of {shape}"] = steps["gandist"], steps["plain"], 3
     read, samples = ShardReader(contest.trainer.train_set.shards, ImageFormat(32, 3)), list(range(0, 1024, 2))
     found["reading 512 images"] = (lambda: read(samples)), (lambda: read_plainly(read.dataset, samples)), 2
     one, other = moments(0.0), moments(0.1)

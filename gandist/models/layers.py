@@ -226,8 +226,9 @@ class UpConv2d(nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, C, H, W] → [B, C', 2H, 2W]"""
-        kernel = F.avg_pool2d(self.weight, 2, stride=1, padding=1, divisor_override=1)
-        return F.conv_transpose2d(x, kernel.flip(2, 3).transpose(0, 1), self.bias, stride=2, padding=1)
+        transposed = self.weight.transpose(0, 1).flip(2, 3).contiguous(memory_format=torch.channels_last)
+        kernel = F.avg_pool2d(transposed, 2, stride=1, padding=1, divisor_override=1)
+        return F.conv_transpose2d(x, kernel, self.bias, stride=2, padding=1)
 
 
 class DownConv2d(nn.Conv2d):
