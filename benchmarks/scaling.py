@@ -95,9 +95,9 @@ def measure(options: argparse.Namespace) -> None:
         config = load_config(options.config, [*options.overrides, *quiet])
         trainer = Trainer(config, world)
         batches = trainer.train_set.training_batches(seed=0, batch_size=batch_size, start=0)
-        exchanged = _count_bytes(trainer)
+        exchanged = count_exchanged(trainer)
         trainer.train_step(batches)
-        volume = exchanged[0]
+        volume = sum(exchanged)
         turns = [
             (_seconds(trainer, batches, options.steps, world), _alone(trainer, batches, options.steps, world)) for _ in range(5)
         ]
@@ -143,12 +143,12 @@ def _seconds(trainer: Trainer, batches: Iterator, steps: int, world: World) -> f
     return max(world.gather(time.perf_counter() - begin)) / steps
 
 
-def _count_bytes(trainer: Trainer) -> list[int]:
-    """What DDP exchanges from now on, in the first place of this list."""
-    counted = [0]
+def count_exchanged(trainer: Trainer) -> list[int]:
+    """Bytes of each bucket of gradients that is exchanged from now on."""
+    counted = []
 
     def hook(state: None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-        counted[0] += bucket.buffer().nbytes
+        counted.append(bucket.buffer().nbytes)
         summed = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True).get_future()
         return summed.then(lambda future: future.value()[0])
 

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
 from gandist.config import Config
+from gandist.engine import frozen
 from gandist.models import evaluating
 from gandist.objective import DiscriminatorObjective, GeneratorObjective
 
@@ -70,7 +71,8 @@ def count_run(
 
     with evaluating(discriminating):  # which the generator's objective holds unregistered: its copy's eval() misses it
         in_discriminator = _lazily(discriminator_update, config.loss.penalty_every)
-        in_generator = _lazily(generator_update, config.loss.path_length_every)
+        with frozen(discriminating.network):
+            in_generator = _lazily(generator_update, config.loss.path_length_every)
     fakes = flops["generator"] * (1 if near is None else 2)
     return flops | {"update": fakes + in_discriminator + in_generator // config.train.discriminator_updates}
 

@@ -295,6 +295,10 @@ def test_flops_are_counted(family: str) -> None:
     objectives = networks.discriminating(LossConfig(**penalties(networks))), networks.generating(LossConfig())
     flops = count_run(networks.config, *objectives, CPU, torch.float64)
     assert flops["update"] > 3 * (flops["generator"] + flops["discriminator"])
+    plain = networks.discriminating(LossConfig()), networks.generating(LossConfig())
+    without_penalties = count_run(networks.config, *plain, CPU, torch.float64)["update"]
+    # The discriminator's weights have no gradients in the generator's update.
+    assert without_penalties <= 4 * flops["generator"] + 8 * flops["discriminator"]
     assert all(p.grad is None for objective in objectives for p in objective.parameters())
 
 
