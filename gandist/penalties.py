@@ -9,6 +9,8 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+# Imported for what it does to torch.
+import gandist.models.convolution  # noqa: F401
 from gandist.models.layers import gather_over_ranks, mean_over_ranks, track
 from gandist.models.noise import hashed_normal, hashed_uniform
 

@@ -36,6 +36,7 @@ from gandist.models.stylegan2 import (
     equalized,
 )
 from gandist.objective import DiscriminatorObjective, GeneratorObjective
+from gandist.penalties import gradient_of
 from gandist.resolution import find_pyramid
 from tests.games import discriminator_inputs, generator_inputs
 from tests.ranks import run_ranks
@@ -212,8 +213,7 @@ def test_second_derivatives_are_right(family: str) -> None:
     discriminator = networks.discriminator
 
     def penalty() -> torch.Tensor:
-        x = images.clone().requires_grad_()
-        (gradient,) = torch.autograd.grad(discriminator(x, labels).logits.sum(), x, create_graph=True)
+        gradient, _ = gradient_of(lambda x: (discriminator(x, labels).logits, None), images)
         return gradient.square().sum()
 
     parameters = [p for name, p in discriminator.named_parameters() if "classifier" not in name]
@@ -229,6 +229,17 @@ def test_second_derivatives_are_right(family: str) -> None:
             torch._foreach_add_(parameters, directions, alpha=step)
         values.append(penalty().item())
     assert (values[0] - values[1]) / 2e-8 == pytest.approx(slope.item(), rel=1e-4)
+
+
+def test_second_derivatives_are_not_made_group_by_group() -> None:
+    networks = build("r3gan")
+    _, labels, images = draw(networks)
+    gradient, _ = gradient_of(lambda x: (networks.discriminator(x, labels).logits, None), images)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        gradient.square().sum().backward()
+    convolutions = sum(event.count for event in profile.key_averages() if event.key == "aten::_convolution")
+    layers = sum(isinstance(module, nn.Conv2d) for module in networks.discriminator.modules())
+    assert convolutions < 2 * layers
 
 
 @all_families

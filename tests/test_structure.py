@@ -47,6 +47,7 @@ ROWS = [
     "gandist.losses",
     "gandist.models.noise",
     "gandist.models.spectral_norm",
+    "gandist.models.convolution",
     "gandist.models.layers",
     "gandist.models.residual",
     "gandist.models.heads",
