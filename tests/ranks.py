@@ -20,9 +20,9 @@ from gandist.distributed import run
 
 ROOT = Path(__file__).parent.parent
 
-# The server has torch and gandist loaded and has computed nothing: forking ranks from it is quick and safe.
+# The server has all that ranks import loaded and has computed nothing: forking them from it is quick and safe.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["gandist.train", "gandist.evaluate", "tests.ranks"])
+_context.set_forkserver_preload(["gandist.train", "gandist.evaluate", "pytest", "torchmetrics", "wandb", "tests.ranks"])
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
