@@ -20,9 +20,9 @@ from gandist.distributed import run
 
 ROOT = Path(__file__).parent.parent
 
-# The server has torch and gandist loaded and has computed nothing: forking ranks from it is quick and safe.
+# The server has all that ranks import loaded and has computed nothing: forking them from it is quick and safe.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["gandist.train", "gandist.evaluate", "tests.ranks"])
+_context.set_forkserver_preload(["gandist.train", "gandist.evaluate", "pytest", "torchmetrics", "tests.ranks"])
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any, timeout: float = 120) -> list[Any]:
@@ -68,7 +68,19 @@ def start_ranks(world_size: int, work: Callable[[int], tuple]) -> list[Any]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    ranks = [_context.Process(target=_in_rank, args=(rank, world_size, port, *work(rank))) for rank in range(world_size)]
+    places = [
+        {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+        }
+        for rank in range(world_size)
+    ]
+    ranks = [_context.Process(target=_in_rank, args=(os.environ | place, *work(rank))) for rank, place in enumerate(places)]
     for rank in ranks:
         rank.start()
     return ranks
@@ -84,16 +96,9 @@ def end_ranks(ranks: list[Any]) -> list[Any]:
     return hanging
 
 
-def _in_rank(rank: int, world_size: int, port: int, work: Callable[..., None], *arguments: Any) -> None:
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
+def _in_rank(environment: dict[str, str], work: Callable[..., None], *arguments: Any) -> None:
+    os.environ.clear()  # that of the server, which is older than what a test may have changed
+    os.environ.update(environment)
     torch.set_num_threads(1)
     multiprocessing.set_start_method("fork", force=True)  # of decoding workers, as in a process that torchrun starts
     work(*arguments)

@@ -83,7 +83,7 @@ def test_wandb_that_cannot_be_reached_does_no_harm(tmp_path: Path, cache_dir: Pa
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     run_dir = tmp_path / "r"
     options = arguments(run_dir, cache_dir, "tracking.wandb=auto", "evaluation.metrics=[]")
-    result = run_command(sys.executable, "-m", "gandist.train", *options)
+    result = launch(1, "gandist.train", *options)
     assert result.returncode == 0, result.stderr
     assert "; the run is kept offline" in result.stdout
     assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))

@@ -77,10 +77,10 @@ def test_features_are_those_of_torch_fidelity(inception_file: Path, published, w
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> list[Path]:
-    """Two of them, of 24 and 31 PNG files."""
+    """Two of them, of 7 and 10 PNG files."""
     generator = torch.Generator().manual_seed(0)
     made = []
-    for name, count, darkest in (("a", 24, 0), ("b", 31, 90)):
+    for name, count, darkest in (("a", 7, 0), ("b", 10, 90)):
         made.append(tmp_path_factory.mktemp(name))
         for number in range(count):
             pixels = torch.randint(darkest, 256, (9, 9, 3), dtype=torch.uint8, generator=generator)
@@ -91,7 +91,7 @@ def folders(tmp_path_factory) -> list[Path]:
 def _compare(inception_file: Path, folders: list[Path], cache_dir: Path, json_file: Path) -> None:
     expected = features.INCEPTION._replace(sha256=sha256(inception_file))
     metrics = "metrics=[fid,kid]"
-    options = [f"inception_weights={inception_file}", f"data.cache_dir={cache_dir}", "batch_size=10", metrics]
+    options = [f"inception_weights={inception_file}", f"data.cache_dir={cache_dir}", "batch_size=4", metrics]
     with patch.object(features, "INCEPTION", expected):
         evaluate.main(["images", *map(str, folders), *options, "--json", str(json_file)])
 
@@ -99,13 +99,13 @@ def _compare(inception_file: Path, folders: list[Path], cache_dir: Path, json_fi
 @pytest.fixture(scope="module")
 def torch_fidelitys(inception_file: Path, folders: list[Path]) -> dict[str, float]:
     """Its own values."""
-    settings = {"cuda": False, "verbose": False, "cache": False, "save_cpu_ram": True, "batch_size": 10}
+    settings = {"cuda": False, "verbose": False, "cache": False, "save_cpu_ram": True, "batch_size": 4}
     return torch_fidelity.calculate_metrics(
         input1=str(folders[0]),
         input2=str(folders[1]),
         fid=True,
         kid=True,
-        kid_subset_size=24,
+        kid_subset_size=7,
         feature_extractor_weights_path=str(inception_file),
         **settings,
     )
@@ -120,7 +120,7 @@ def test_images_are_scored_as_torch_fidelity_does(
     fid = records["eval/fid"]
     assert fid["value"] == pytest.approx(torch_fidelitys["frechet_inception_distance"], rel=1e-4)
     assert records["eval/kid"]["value"] == pytest.approx(torch_fidelitys["kernel_inception_distance_mean"], rel=1e-4)
-    assert (fid["n_fake"], fid["n_real"], fid["extractor"]) == (24, 31, "inception-2015-12-05")
+    assert (fid["n_fake"], fid["n_real"], fid["extractor"]) == (7, 10, "inception-2015-12-05")
     assert fid["weights_sha256"] == sha256(inception_file)
 
 

@@ -103,14 +103,13 @@ def test_a_killed_run_repeats_no_points(tmp_path: Path, cache_dir: Path) -> None
     run_dir = tmp_path / "run"
     rare = ["tracking.wandb=offline", "checkpoint.every_kimg=100", "train.kimg=1000", "tracking.every_kimg=0.064"]
     options = arguments(run_dir, cache_dir, *rare, "evaluation.metrics=[]", "tracking.samples_every_kimg=0.64")
-    command = [sys.executable, "-m", "gandist.train"]
-    process = subprocess.Popen([*command, *options], cwd=ROOT, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", "gandist.train", *options], cwd=ROOT, stdout=subprocess.DEVNULL)
     metrics = run_dir / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 40, process)
     process.kill()
     process.wait()
     last = int((run_dir / "wandb_step").read_text())
-    ended = run_command(*command, *options, f"train.kimg={(last + 10) * 0.064:.3f}")
+    ended = launch(1, "gandist.train", *options, f"train.kimg={(last + 10) * 0.064:.3f}")
     assert ended.returncode == 0, ended.stderr
     steps = [row["step"] for part in offline_parts(run_dir) for row in part.rows if "loss/generator" in row]
     assert len(steps) == len(set(steps))
@@ -147,8 +146,7 @@ def test_wandb_online_and_again(tmp_path: Path, cache_dir: Path, monkeypatch) ->
             monkeypatch.setenv(name, value)
         for length in ("train.kimg=0.512", "train.kimg=1.024"):
             online = ["tracking.wandb=online", "tracking.wandb_checkpoints=true", "evaluation.metrics=[]"]
-            options = arguments(run_dir, cache_dir, *online, length)
-            result = run_command(sys.executable, "-m", "gandist.train", *options)
+            result = launch(1, "gandist.train", *arguments(run_dir, cache_dir, *online, length))
             assert result.returncode == 0, result.stderr
             assert "warning" not in result.stdout
     (sent,) = server.runs.values()
