@@ -192,9 +192,14 @@ PENALIZED = (
 
 @pytest.mark.parametrize("how", ["train.activation_checkpointing=true", "train.compile=true"])
 def test_how_it_is_computed_does_not_matter(tmp_path: Path, cache_dir: Path, how: str) -> None:
-    """Activations made twice, or the whole objectives compiled, penalties with them, on two ranks against one."""
+    """Activations made twice, or the whole objectives compiled, penalties with them, on two ranks against one. A resume
+    compiles nothing again."""
     train(tmp_path / "plain", cache_dir, 1, *PENALIZED, "train.compile=false")
+    train(tmp_path / "other", cache_dir, 2, *PENALIZED, how, f"train.kimg={KIMG / 2}")
+    compiled = set((tmp_path / "other" / "compiled").rglob("*"))
+    assert bool(compiled) == (how == "train.compile=true")
     train(tmp_path / "other", cache_dir, 2, *PENALIZED, how)
+    assert compiled == set((tmp_path / "other" / "compiled").rglob("*"))
     assert_same_run(tmp_path / "plain", tmp_path / "other", 1e-9)
 
 
