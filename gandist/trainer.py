@@ -17,7 +17,15 @@ from gandist.config import Config
 from gandist.data import DeviceBatch, normalize, open_dataset, upload
 from gandist.distributed import World
 from gandist.ema import ExponentialMovingAverage
-from gandist.engine import build_player, choose_compile, choose_precision, compile_objective, frozen, set_determinism
+from gandist.engine import (
+    build_player,
+    choose_compile,
+    choose_precision,
+    compile_objective,
+    frozen,
+    keep_compiled,
+    set_determinism,
+)
 from gandist.environment import describe_start
 from gandist.errors import ConfigError, DataError, TrainingError
 from gandist.evaluation.evaluator import Evaluator
@@ -135,6 +143,8 @@ class Trainer:
 
     def train(self) -> None:
         """Trains from where the run stands to its end, or until asked to stop. Saves in either case."""
+        if self.compiled:
+            keep_compiled(self.config.run_dir / "compiled", self.world)
         start = {"step": self.step, **describe_start(self.world), **self._summarize()}
         trackers = open_trackers(self.config, start, self.world, step=self.step)
         self.preview = self._open_preview() if trackers else None

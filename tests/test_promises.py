@@ -192,11 +192,18 @@ PENALIZED = (
 
 
 def test_how_it_is_computed_does_not_matter(tmp_path: Path, cache_dir: Path) -> None:
-    """Activations made twice, or the whole objectives compiled, penalties with them, on two ranks against one."""
+    """Activations made twice, or the whole objectives compiled, penalties with them, on two ranks against one. A resume
+    compiles nothing again."""
     train(tmp_path / "plain", cache_dir, 1, *PENALIZED, "train.compile=false")
-    for how in ("activation_checkpointing", "compile"):
-        train(tmp_path / how, cache_dir, 2, *PENALIZED, f"train.{how}=true")
-        assert_same_run(tmp_path / "plain", tmp_path / how, 1e-9)
+    train(tmp_path / "twice", cache_dir, 2, *PENALIZED, "train.activation_checkpointing=true")
+    assert_same_run(tmp_path / "plain", tmp_path / "twice", 1e-9)
+    train(tmp_path / "compiled", cache_dir, 2, *PENALIZED, "train.compile=true", f"train.kimg={KIMG / 2}")
+    code = set((tmp_path / "compiled" / "compiled").rglob("*"))
+    assert code
+    assert not (tmp_path / "twice" / "compiled").exists()
+    train(tmp_path / "compiled", cache_dir, 2, *PENALIZED, "train.compile=true")
+    assert code == set((tmp_path / "compiled" / "compiled").rglob("*"))
+    assert_same_run(tmp_path / "plain", tmp_path / "compiled", 1e-9)
 
 
 def deterministic_run(run_dir: Path, cache_dir: Path) -> tuple[bool, str | None]:

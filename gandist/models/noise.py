@@ -32,7 +32,9 @@ def hashed_normal(latents: torch.Tensor, shape: Sequence[int], salt: int) -> tor
 def _hash(latents: torch.Tensor, count: int, salt: int) -> torch.Tensor:
     """int64 [B, count], all bits random"""
     bits = latents.detach().float().view(torch.int32).long()
-    places = torch.arange(1, 1 + max(bits.size(1), count), device=bits.device) * _GOLDEN
+    places = torch.arange(1, 1 + max(bits.size(1), count), device=bits.device)
+    # Times _GOLDEN, 22 bits at a time: torch.compile takes multiples of places for indices, which in C++ must not overflow.
+    places = sum(places * (_GOLDEN >> low & 0x3FFFFF) << low for low in (0, 22, 44))
     key = _mix(_mix(bits + places[: bits.size(1)]).sum(1, keepdim=True) + salt)
     return _mix(key + places[:count])
 
