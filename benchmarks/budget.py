@@ -2,7 +2,7 @@
 
 import argparse
 import math
-from collections.abc import Iterator
+from itertools import repeat
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
@@ -13,9 +13,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from benchmarks.report import header, table
 from benchmarks.scaling import count_exchanged
 from benchmarks.step import COMMON, Operations
+from benchmarks.throughput import random_batch
 from gandist.config import Config
 from gandist.config_file import load_config
-from gandist.data import DeviceBatch
 from gandist.distributed import World, join_world
 from gandist.trainer import Trainer
 
@@ -42,7 +42,7 @@ PRESETS = {  # name → configuration and overrides
 def budget(config: Config, world: World) -> list[str]:
     """A row of the table, on rank 0 of what is so on all."""
     trainer = Trainer(config, world)
-    batches = repeat(config, world)
+    batches = repeat(random_batch(config, config.train.batch_size // world.size, world.device))
     exchanged = count_exchanged(trainer)
     trainer.train_step(batches)  # DDP makes its buckets anew after the first
     exchanged.clear()
@@ -81,16 +81,6 @@ def least(trainer: Trainer) -> float:
     made = 1 + bool(generating.reconstruction_weight) + bool(generating.identity_weight) + bool(generating.diversity_weight)
     in_generator = 3 * made * generator + (2 + generating.judges_real) * discriminator
     return fakes * generator + passes * discriminator + in_generator / config.train.discriminator_updates
-
-
-def repeat(config: Config, world: World) -> Iterator[DeviceBatch]:
-    """The same noise again and again."""
-    count = config.train.batch_size // world.size
-    shape = config.data.channels, *config.data.size
-    images = torch.randint(256, (count, *shape), dtype=torch.uint8).to(world.device)
-    labels = torch.arange(count, device=world.device) % max(config.data.num_classes, 1)
-    while True:
-        yield DeviceBatch(images, labels if config.data.num_classes else torch.full_like(labels, -1), {})
 
 
 def main() -> None:

@@ -72,7 +72,7 @@ def measure(rung: Rung, path: str, overrides: list[str], options: argparse.Names
         manner = [f"train.precision={rung.precision}", f"train.compile={str(rung.compiled).lower()}", f"run_dir={folder}/run"]
         config = load_config(path, [*QUIET, *overrides, *manner])
         trainer = Trainer(config, world)
-        batches = repeat(_random_batch(config, world.device))
+        batches = repeat(random_batch(config, config.train.batch_size, world.device))
         on_gpu = world.device.type == "cuda"
 
         def run(steps: int) -> float:
@@ -146,8 +146,9 @@ def idle_share(ranges: list) -> float:
     return idle / (max(each.end for each in ranges) - ranges[0].start)
 
 
-def _random_batch(config: Config, device: torch.device) -> DeviceBatch:
-    count, classes = config.train.batch_size, config.data.num_classes
+def random_batch(config: Config, count: int, device: torch.device) -> DeviceBatch:
+    """Noise, of all classes."""
+    classes = config.data.num_classes
     images = torch.randint(256, (count, config.data.channels, *config.data.size), dtype=torch.uint8, device=device)
     labels = torch.randint(classes, (count,), device=device) if classes else torch.full((count,), -1, device=device)
     return DeviceBatch(images.contiguous(memory_format=torch.channels_last), labels, {})

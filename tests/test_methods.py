@@ -15,6 +15,7 @@ from gandist.distributed import World, join_world
 from gandist.engine import build_player, choose_precision
 from gandist.models import build_discriminator, build_generator
 from gandist.models.noise import hashed_normal, hashed_uniform
+from gandist.models.spectral_norm import power_iteration
 from gandist.objective import DiscriminatorObjective, GeneratorObjective
 from tests.ranks import run_ranks
 from tests.test_player import HostWaits
@@ -92,6 +93,8 @@ def build(overrides: list[str]) -> Game:
     with torch.no_grad():
         for parameter in (p for network in networks for p in network.parameters()):
             parameter += 0.1 * torch.randn_like(parameter)
+    for network in networks:
+        power_iteration(network)
     generator, discriminator = networks
     autocast = choose_precision("float64", torch.device("cpu")).autocast
     discriminating = DiscriminatorObjective(discriminator, config, autocast).double()
