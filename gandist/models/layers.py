@@ -49,6 +49,11 @@ class _Recomputation:
         _recomputing.reset(self._token)
 
 
+def _first_time() -> bool:
+    """Whether this is not recomputation, of which compiled code has none: torch 2.11 cannot compile a ContextVar."""
+    return torch.compiler.is_compiling() or not _recomputing.get()
+
+
 def pyramid_of(model: ModelConfig, data: DataConfig, sides: Collection[int] | None = None) -> Pyramid:
     """How the family's feature maps grow to the images. Raises ConfigError.
 
@@ -96,7 +101,7 @@ class SyncBatchNorm(_BatchNorm):
             return super().forward(input)
         self._check_input_dim(input)
         output, mean, var = self._normalize_alone(input) if rank_and_size()[1] == 1 else self._normalize_together(input)
-        if not _recomputing.get():
+        if _first_time():
             self._track(mean, var)
         return output
 
@@ -159,7 +164,7 @@ def plain(layer: nn.Module) -> nn.Module:
 def track(running: torch.Tensor, value: torch.Tensor, momentum: float) -> None:
     """Moves a running mean toward the mean over ranks of a batch's value; every rank calls it. What is not finite is skipped,
     and recomputation."""
-    if not _recomputing.get():
+    if _first_time():
         _move([running], [mean_over_ranks(value.detach())], momentum)
 
 
