@@ -65,6 +65,7 @@ ROWS = [
     "gandist.augment",
     "gandist.ema",
     "gandist.objective",
+    "gandist.engine.compilation",
     "gandist.engine.precision",
     "gandist.engine.guard",
     "gandist.engine.player",

@@ -1,13 +1,11 @@
-"""The arithmetic of a run: its number formats, whether it is compiled, whether it is deterministic."""
+"""The arithmetic of a run: its number formats, and whether it is deterministic."""
 
 import os
-import shutil
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from gandist.config import TrainConfig
 from gandist.objective import Autocast
 
 AUTOCAST = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,14 +28,6 @@ def choose_precision(name: str, device: torch.device) -> Precision:
     dtype = torch.float64 if name == "float64" else torch.float32
     autocast = partial(torch.autocast, device.type, AUTOCAST.get(name, torch.bfloat16), enabled=name in AUTOCAST)
     return Precision(name, dtype, autocast)
-
-
-def choose_compile(train: TrainConfig, device: torch.device) -> bool:
-    """`auto` compiles on GPUs where a C compiler is at hand, which torch.compile needs."""
-    if train.compile == "auto":
-        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
-        return device.type == "cuda" and compiler is not None and not train.activation_checkpointing
-    return train.compile
 
 
 def set_determinism(enabled: bool) -> None:
