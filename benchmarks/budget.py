@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Sequence
 from itertools import repeat
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -83,10 +84,10 @@ def least(trainer: Trainer) -> float:
     return fakes * generator + passes * discriminator + in_generator / config.train.discriminator_updates
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.budget", description=__doc__)
     parser.add_argument("presets", nargs="*", default=list(PRESETS), metavar="PRESET", help=f"of {', '.join(PRESETS)}")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows = []
     with join_world() as world, TemporaryDirectory() as folder:

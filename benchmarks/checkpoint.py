@@ -3,6 +3,7 @@
 import argparse
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -49,13 +50,13 @@ def measure(saver: Saver, state: dict, world: World, saves: int, interval: float
     return median(stalls), 1000 * (total - sum(stalls)) / steps
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.checkpoint", description=__doc__.partition("\n")[0])
     parser.add_argument("--megabytes", type=float, default=200, help="of the state (default: %(default)s)")
     parser.add_argument("--saves", type=int, default=7)
     parser.add_argument("--interval", type=float, default=6.0, help="seconds between two saves (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary one)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     with join_world() as world, tempfile.TemporaryDirectory(dir=options.folder) as folder:
         folder = Path(world.broadcast(folder))
         state = made_up_state(options.megabytes, world.device)

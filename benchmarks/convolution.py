@@ -3,7 +3,7 @@
 import argparse
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from statistics import median
 
 import torch
@@ -19,11 +19,11 @@ SHAPES = {  # of BigGAN's and SNGAN's blocks: channels and pixels of the input
 }
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.convolution", description=__doc__)
     parser.add_argument("--images", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7, help="in which both take turns")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     print(header())

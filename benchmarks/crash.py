@@ -169,7 +169,7 @@ def distance(a: checkpoint.Tensors, b: checkpoint.Tensors) -> float:
     return max((tensor.double() - b[path].double()).abs().max().item() for path, tensor in a.items())
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.crash", description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=100, help="of one rank or of all (default: 100)")
     parser.add_argument("--launcher-kills", type=int, default=5, help="of torchrun, which starts slowly (default: 5)")
@@ -178,15 +178,15 @@ def main() -> None:
     parser.add_argument("--kimg", type=float, default=6.4, help="length of a run; it is begun anew when done (default: 6.4)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the runs, as checkpoint.asynchronous=true")
-    arguments = parser.parse_intermixed_args()
-    moments = random.Random(arguments.seed)
+    chosen = parser.parse_intermixed_args(arguments)
+    moments = random.Random(chosen.seed)
     print(header(), flush=True)
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
 
         def to_the_end(run_dir: Path, *special: str) -> None:
-            settings = [*options(run_dir, folder / "cache", arguments.kimg, arguments.overrides), *special]
+            settings = [*options(run_dir, folder / "cache", chosen.kimg, chosen.overrides), *special]
             ranks = start_ranks(RANKS, lambda rank: (quietly, settings))
             for rank in ranks:
                 rank.join()
@@ -195,32 +195,32 @@ def main() -> None:
         to_the_end(folder / "straight")
         expected = weights(folder / "straight")
         restarted = []
-        for number in range(arguments.restarts):
+        for number in range(chosen.restarts):
             run_dir = folder / f"restarted-{number}"
             restarted.append(
-                restart(options(run_dir, folder / "cache", arguments.kimg, arguments.overrides), run_dir, number % RANKS)
+                restart(options(run_dir, folder / "cache", chosen.kimg, chosen.overrides), run_dir, number % RANKS)
             )
             assert equal(weights(run_dir), expected), f"{run_dir.name} ended with other weights"
         if restarted:
             times = f"{min(restarted):.0f} to {max(restarted):.0f} s each, start included"
             print(
-                f"torchrun --max-restarts=3: {len(restarted)} of {arguments.restarts} recovered, bit-identical; {times}",
+                f"torchrun --max-restarts=3: {len(restarted)} of {chosen.restarts} recovered, bit-identical; {times}",
                 flush=True,
             )
         double = "train.precision=float64"
-        for number in range(arguments.node_losses):
+        for number in range(chosen.node_losses):
             if not number:
                 to_the_end(folder / "straight-float64", double)
             run_dir = folder / f"one-node-left-{number}"
-            seconds = lose_a_node([*options(run_dir, folder / "cache", arguments.kimg, arguments.overrides), double], run_dir)
+            seconds = lose_a_node([*options(run_dir, folder / "cache", chosen.kimg, chosen.overrides), double], run_dir)
             assert distance(weights(run_dir), weights(folder / "straight-float64")) < 1e-9, f"{run_dir.name} has other weights"
             print(f"a node of two lost: the other went on alone to the same weights, {seconds:.0f} s from there", flush=True)
         runs, kills, lost, took = 1, Counter(), [], []
         run_dir = folder / "killed-1"
-        while sum(kills.values()) < arguments.kills + arguments.launcher_kills:
+        while sum(kills.values()) < chosen.kills + chosen.launcher_kills:
             run_dir = folder / f"killed-{runs}"
-            settings = options(run_dir, folder / "cache", arguments.kimg, arguments.overrides)
-            if kills["launcher"] < arguments.launcher_kills and moments.random() < 0.05:
+            settings = options(run_dir, folder / "cache", chosen.kimg, chosen.overrides)
+            if kills["launcher"] < chosen.launcher_kills and moments.random() < 0.05:
                 result = kill_launcher(run_dir, settings, moments.uniform(0, 1))
             else:
                 victims = moments.choice([[0], [1], [0, 1]])

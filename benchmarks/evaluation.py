@@ -6,6 +6,7 @@ import argparse
 import resource
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from unittest.mock import patch
@@ -21,8 +22,6 @@ from gandist.evaluation.frechet import Moments, frechet_distance
 from gandist.train import train
 from gandist.trainer import Trainer
 
-NUM_FEATURES = 2048  # Inception's
-NUM_IMAGES = 50_000
 BATCH_SIZE = 256
 
 
@@ -30,12 +29,13 @@ def distance(options: argparse.Namespace) -> None:
     """Ours and SciPy's in turn, of the same moments."""
     print(header(), flush=True)
     random = torch.Generator().manual_seed(0)
-    scale = torch.logspace(0, -2, NUM_FEATURES, dtype=torch.float64)
+    count = options.features
+    scale = torch.logspace(0, -2, count, dtype=torch.float64)
     sets = []
     for shift in (0.0, 0.1):
-        moments = Moments.empty(NUM_FEATURES)
+        moments = Moments.empty(count)
         for _ in range(20):
-            moments.update(torch.randn(500, NUM_FEATURES, generator=random, dtype=torch.float64) * scale + shift)
+            moments.update(torch.randn(500, count, generator=random, dtype=torch.float64) * scale + shift)
         sets.append(moments)
     seconds, values = {"gandist": [], "scipy.linalg.sqrtm": []}, {}
     for _ in range(options.rounds):
@@ -44,7 +44,7 @@ def distance(options: argparse.Namespace) -> None:
             values[name] = way(*sets)
             seconds[name].append(time.perf_counter() - start)
     rows = [[name, f"{median(times):.2f}", f"{values[name]:.8f}"] for name, times in seconds.items()]
-    print(table([f"{NUM_FEATURES} features, {torch.get_num_threads()} thread(s)", "s, median", "distance"], rows))
+    print(table([f"{count} features, {torch.get_num_threads()} thread(s)", "s, median", "distance"], rows))
     ratio = median(b / a for a, b in zip(*seconds.values(), strict=True))
     apart = abs(values["gandist"] / values["scipy.linalg.sqrtm"] - 1)
     print(f"{ratio:.1f} times as fast, {apart:.1e} apart")
@@ -59,9 +59,10 @@ def by_sqrtm(a: Moments, b: Moments) -> float:
 def moments(options: argparse.Namespace) -> None:
     """Features as an extractor gives them, float32 batches dealt to the ranks, and then the distance on rank 0."""
     with join_world() as world:
-        features = torch.randn(BATCH_SIZE, NUM_FEATURES, device=world.device)
-        real = Moments.empty(NUM_FEATURES, world.device)
-        for _ in range(2 * NUM_FEATURES // BATCH_SIZE):
+        count = options.features
+        features = torch.randn(BATCH_SIZE, count, device=world.device)
+        real = Moments.empty(count, world.device)
+        for _ in range(max(1, 2 * count // BATCH_SIZE)):
             real.update(torch.randn_like(features))
         real = real.over_ranks(world)
         before = _peak_memory(world)
@@ -69,8 +70,8 @@ def moments(options: argparse.Namespace) -> None:
         for _ in range(options.rounds):
             world.gather(None)
             start = time.perf_counter()
-            fake = Moments.empty(NUM_FEATURES, world.device)
-            for _ in range(0, NUM_IMAGES, BATCH_SIZE)[world.rank :: world.size]:
+            fake = Moments.empty(count, world.device)
+            for _ in range(0, options.images, BATCH_SIZE)[world.rank :: world.size]:
                 fake.update(features)
             if world.device.type == "cuda":
                 torch.cuda.synchronize()
@@ -83,7 +84,7 @@ def moments(options: argparse.Namespace) -> None:
                 times[name].append(took)
         grown = max(world.gather(_peak_memory(world) - before)) / 2**20
         if world.is_main:
-            print(f"{header()}\n\n{NUM_IMAGES:,} × {NUM_FEATURES} features, {world.size} rank(s) on {world.device.type}")
+            print(f"{header()}\n\n{options.images:,} × {count} features, {world.size} rank(s) on {world.device.type}")
             print(table(["", "s, median"], [[name, f"{median(each):.2f}"] for name, each in times.items()]))
             print(f"peak memory of a rank: {grown:.0f} MiB more")
 
@@ -107,7 +108,7 @@ def share(options: argparse.Namespace) -> None:
 
     evaluate = Trainer._evaluate
     with join_world() as world, tempfile.TemporaryDirectory() as folder, patch.object(Trainer, "_evaluate", timed):
-        settings = [f"run_dir={Path(world.broadcast(folder)) / 'run'}", "tracking.wandb=off"]
+        settings = [f"run_dir={Path(world.broadcast(folder)) / 'run'}", "tracking.wandb=off", *options.overrides]
         start = time.perf_counter()
         train(load_config(None, settings), world)
         total = time.perf_counter() - start
@@ -116,11 +117,14 @@ def share(options: argparse.Namespace) -> None:
             print("each: " + ", ".join(f"{seconds:.2f} s" for seconds in spent))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.evaluation", description=__doc__)
     parser.add_argument("what", choices=["distance", "moments", "share"])
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
-    options = parser.parse_args()
+    parser.add_argument("--features", type=int, default=2048, help="of an image (default: Inception's %(default)s)")
+    parser.add_argument("--images", type=int, default=50_000, help="for moments (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for the run of share")
+    options = parser.parse_intermixed_args(arguments)
     {"distance": distance, "moments": moments, "share": share}[options.what](options)
 
 

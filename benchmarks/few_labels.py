@@ -30,7 +30,6 @@ ALONE = {  # name → what the training on labelled images has other than the GA
     "alone, translated": [],
 }
 GAN = "gan"
-STEPS = 5000
 BATCH_SIZE = 64
 LEARNING_RATE = 3e-3
 ACCURACY = "classification/test_top1"
@@ -46,7 +45,7 @@ def configure(seed: int, overrides: Sequence[str]) -> Config:
     return load_config(CONFIG, [f"seed={seed}", f"data.labelled_seed={seed}", "tracking.wandb=off", *overrides])
 
 
-def train_alone(config: Config, world: World) -> float:
+def train_alone(config: Config, world: World, steps: int) -> float:
     """Accuracy on the held-out images of the discriminator that learned from the labelled ones alone: Adam with a rate that
     falls to 0 along a cosine."""
     labelled, held_out = _read(config, world)
@@ -54,8 +53,8 @@ def train_alone(config: Config, world: World) -> float:
     network = build_discriminator(config.model, config.data)
     augmentation = Augmentation(config.augmentation, config.data.channels, BATCH_SIZE)
     optimizer = torch.optim.Adam(network.parameters(), lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
-    for _ in range(STEPS):
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
         chosen = torch.randint(len(labelled.labels), (BATCH_SIZE,))
         images, labels = labelled.images[chosen], labelled.labels[chosen]
         images = augmentation(images, torch.rand(BATCH_SIZE, augmentation.columns), torch.zeros(()))
@@ -102,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.few_labels", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {'; '.join([*ALONE, GAN])}")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(5)), help="of runs and labels (default: 0 … 4)")
+    parser.add_argument("--steps", type=int, default=5000, help="on labelled images alone (default: %(default)s)")
     parser.add_argument("--runs", type=Path, help="where to keep the runs; default: nowhere")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all of them")
     options = parser.parse_intermixed_args(arguments)
@@ -120,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 found = {metric: [run[metric] for run in runs] for metric in (ACCURACY, *OTHERS)}
             else:
                 configs = [configure(seed, [*ALONE[name], *overrides]) for seed in options.seeds]
-                found = {ACCURACY: [train_alone(config, world) for config in configs]}
+                found = {ACCURACY: [train_alone(config, world, options.steps) for config in configs]}
             print(row(name, found), flush=True)
 
 

@@ -9,8 +9,10 @@ import multiprocessing
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -74,10 +76,10 @@ def gandist_batches(folder: Path, size: int, workers: int, cache: Path) -> Itera
 def decoded_batches(folder: Path, size: int, workers: int, cache: Path) -> Iterator:
     """The same from the decoded copy that data.in_memory makes."""
     from gandist.data.loader import load_batches
-    from gandist.data.memory import DecodedImages, decode_all, decoded_folder
+    from gandist.data.memory import DecodedImages, decode_all, decoded_folder, identity
 
     reader = _reader(folder, size, cache)
-    decoded = decoded_folder(cache, reader)
+    decoded = decoded_folder(cache, identity(reader))
     if not decoded.exists():
         decode_all(decoded, reader, num_workers=0)
     return load_batches(DecodedImages(decoded), _batches(reader), reader.dataset, num_workers=workers)
@@ -94,7 +96,8 @@ def bare_batches(folder: Path, size: int, workers: int, cache: Path) -> Iterator
     except ImportError:
         simplejpeg = None
 
-    encoded = [sample.image for sample in _reader(folder, size, cache).dataset.read(range(1024))]
+    dataset = _reader(folder, size, cache).dataset
+    encoded = [sample.image for sample in dataset.read(range(min(1024, len(dataset))))]
     images = np.empty((BATCH_SIZE, size, size, 3), np.uint8)
     while True:
         for first in range(0, len(encoded), BATCH_SIZE):
@@ -141,18 +144,18 @@ def _reader(folder: Path, size: int, cache: Path):
             return [value]
 
     storage = Storage(cache / "index", ShardCache(cache / "shards", 10**9, Remote()), LabelRule())
-    world = Alone(rank=0, size=1, local_rank=0, local_size=1, device="cpu", control=None)
+    place = {"rank": 0, "size": 1, "local_rank": 0, "local_size": 1}
+    world = Alone(**place, device="cpu", control=None, timeout=timedelta(minutes=1))
     dataset = open_shards(find_shards(str(folder), Remote()), storage, LabelPolicy(CLASSES), world, scan_all=True)
     return ShardReader(dataset, ImageFormat(size, 3))
 
 
-def measure(contestant: Contestant, size: int, parent: Path, seconds: float) -> Speed:
+def measure(contestant: Contestant, photos: PhotoSet, parent: Path, seconds: float) -> Speed:
     """The speed in the middle of a run: after the workers' start and a warm-up."""
     import torch
 
     torch.set_num_threads(1)
-    folder = PHOTOS[size].folder(parent)
-    batches = PIPELINES[contestant.pipeline](folder, size, contestant.workers, parent / "cache")
+    batches = PIPELINES[contestant.pipeline](photos.folder(parent), photos.size, contestant.workers, parent / "cache")
     _consume(batches, WARM_UP * seconds)
     cpu = _cpu_seconds()
     images, wall = _consume(batches, seconds)
@@ -197,19 +200,19 @@ def _process(simplejpeg: bool) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _prepare, (simplejpeg,))
 
 
-def run_rounds(contestants: list[Contestant], size: int, parent: Path, seconds: float, rounds: int) -> list[dict]:
+def run_rounds(contestants: list[Contestant], photos: PhotoSet, parent: Path, seconds: float, rounds: int) -> list[dict]:
     """The speed of every contestant, round by round."""
     with (
         _process(simplejpeg=True) as with_it,
         _process(simplejpeg=False) as without,
-        tqdm(total=rounds * len(contestants), desc=f"{size} px", disable=None) as progress,
+        tqdm(total=rounds * len(contestants), desc=f"{photos.size} px", disable=None) as progress,
     ):
         speeds = []
         for _ in range(rounds):
             speeds.append({})
             for contestant in contestants:
                 process = with_it if contestant.simplejpeg else without
-                speeds[-1][contestant] = process.submit(measure, contestant, size, parent, seconds).result()
+                speeds[-1][contestant] = process.submit(measure, contestant, photos, parent, seconds).result()
                 progress.update()
     return speeds
 
@@ -235,20 +238,21 @@ def report(speeds: list[dict[Contestant, Speed]]) -> str:
     return table(head, rows)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader", description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "gandist-benchmarks", help="of the shards")
     parser.add_argument("--sizes", type=int, nargs="+", choices=PHOTOS, default=list(PHOTOS), help="pixels")
+    parser.add_argument("--samples", type=int, help="photographs of each size (default: 20,000 of 64 px, 2,000 of 256 px)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="measured of each contestant in each round")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     print(header())
     for size in options.sizes:
-        photos = PHOTOS[size]
+        photos = replace(PHOTOS[size], samples=options.samples) if options.samples else PHOTOS[size]
         folder = photos.folder(options.folder)
         encoded = sum(path.stat().st_size for path in folder.glob("*.tar")) / photos.samples
         contestants = [*CONTESTANTS, IN_MEMORY] if size <= 64 else CONTESTANTS
-        speeds = run_rounds(contestants, size, options.folder, options.seconds, options.rounds)
+        speeds = run_rounds(contestants, photos, options.folder, options.seconds, options.rounds)
         print(f"\n{size}×{size} pixels, {photos.samples:,} JPEGs in {photos.shards} shards, {encoded:,.0f} bytes a sample")
         print(report(speeds), flush=True)
 

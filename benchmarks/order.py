@@ -3,6 +3,7 @@
 import argparse
 import multiprocessing
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 from statistics import median
@@ -56,16 +57,18 @@ def _seconds(batches: TrainingBatches, together: int) -> float:
     return median(times)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.order", description=__doc__.partition("\n")[0])
     parser.add_argument("--shards", type=int, default=10**6)
     parser.add_argument("--shard-size", type=int, default=1000, help="samples")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     head = ["position", "block", "lanes", "open s", "first batch s", "MiB", "µs/batch", f"in {PLANNED_BATCHES}s", "µs/sample"]
     print(f"{header()}\n\n{options.shards * options.shard_size:,} samples in {options.shards:,} shards")
+    context = multiprocessing.get_context("forkserver")  # whose processes have imported what they need, and no more
+    context.set_forkserver_preload(["gandist.data.loader"])
     rows = []
     for block, lanes, far in product((0, 64), (1, 8), (False, True)):
-        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        with ProcessPoolExecutor(1, mp_context=context) as process:
             rows.append(process.submit(measure, options.shards, options.shard_size, block, lanes, far).result())
     print(table(head, rows))
 

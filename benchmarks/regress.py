@@ -36,13 +36,16 @@ NARROW = {  # so narrow that a step is made of its operations, not of its produc
 Turn = tuple[Callable[[], object], Callable[[], object], int]  # ours, the yardstick, how often in a turn
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.regress", description=__doc__)
     parser.add_argument("--rounds", type=int, default=9, help="in which both take turns")
-    parser.add_argument("--store", action="store_true", help="write what is measured to regress.json")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--file", type=Path, default=STORED, help="of the stored ratios (default: regress.json beside this file)"
+    )
+    parser.add_argument("--store", action="store_true", help="write what is measured to that file")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
-    stored = json.loads(STORED.read_text()) if STORED.exists() else {}
+    stored = json.loads(options.file.read_text()) if options.file.exists() else {}
     found, rows = {}, []
     with join_world() as world, tempfile.TemporaryDirectory() as folder:
         for name, turn in measurements(folder, world).items():
@@ -56,7 +59,7 @@ def main() -> None:
     print(header())
     print(table(["measurement", "ratio", "stored", ""], rows))
     if options.store:
-        STORED.write_text(json.dumps(found, indent=2) + "\n")
+        options.file.write_text(json.dumps(found, indent=2) + "\n")
     elif any(row[-1] == "slower" for row in rows):
         sys.exit(1)
 

@@ -4,7 +4,7 @@
 import argparse
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import median
@@ -157,7 +157,7 @@ def count_exchanged(trainer: Trainer) -> list[int]:
     return counted
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scaling", description=__doc__)
     commands = parser.add_subparsers(required=True)
     measured = commands.add_parser("measure")
@@ -175,7 +175,7 @@ def main() -> None:
     for command in (measured, predicted):
         command.add_argument("--images", type=int, default=64, help="a GPU, or measured without --weak in all")
         command.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.do(options)
 
 

@@ -3,7 +3,7 @@
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -128,14 +128,14 @@ def open_contest(shape: str, batch_size: int, folder: str, world: World, *more: 
     return Contest(config, world, rivals)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__)
     parser.add_argument("shapes", nargs="*", default=list(SHAPES), metavar="SHAPE", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5, help="in which all take turns")
     parser.add_argument("--steps", type=int, default=2, help="a turn")
     parser.add_argument("--studiogan", type=Path, metavar="CHECKOUT", help="whose networks take part")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     print(header())
     rows = []

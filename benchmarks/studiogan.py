@@ -38,7 +38,7 @@ def build_studiogan(checkout: Path, shape: str) -> tuple[nn.Module, nn.Module]:
         "g_conv2d": ops.snconv2d if big else ops.conv2d,
         "g_linear": ops.snlinear if big else ops.linear,
         "g_embedding": ops.sn_embedding if big else ops.embedding,
-        "g_bn": ops.BigGANConditionalBatchNorm2d if big else ops.ConditionalBatchNorm2d,
+        "g_bn": ops.ConditionalBatchNorm2d,
     }
     activations = {"g_act_fn": nn.ReLU(inplace=True), "d_act_fn": nn.ReLU(inplace=True)}
     common = {
@@ -47,6 +47,7 @@ def build_studiogan(checkout: Path, shape: str) -> tuple[nn.Module, nn.Module]:
         "apply_attn": big,
         "mixed_precision": False,
         "MODULES": SimpleNamespace(**of_discriminator, **of_generator, **activations),
+        "MODEL": SimpleNamespace(info_type="N/A", g_info_injection="N/A"),  # no InfoGAN
     }
     width = 96 if big else 64
     networks = import_module("models.big_resnet" if big else "models.resnet")
@@ -65,6 +66,7 @@ def build_studiogan(checkout: Path, shape: str) -> tuple[nn.Module, nn.Module]:
         apply_d_sn=True,
         attn_d_loc=[1],
         d_cond_mtd="PD",
+        aux_cls_type="W/O",
         d_embed_dim=None,
         normalize_d_embed=False,
         d_init="ortho",

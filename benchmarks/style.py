@@ -4,7 +4,8 @@ Of each held-out image and its translations to all other classes, what the class
 brightness, black being none), slant, width, and place from left to right, each less its mean over the pair of classes.
 """
 
-import sys
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -31,7 +32,10 @@ def style_of(images: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def main(run_dir: Path) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.style", description=__doc__.partition("\n")[0])
+    parser.add_argument("run_dir", type=Path, metavar="RUN", help="of a translator")
+    run_dir = parser.parse_args(arguments).run_dir
     with join_world() as world:
         config = load_config(run_dir / RUN_CONFIG)
         gan = load(run_dir, device=world.device)
@@ -54,4 +58,4 @@ def main(run_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    run(lambda: main(Path(sys.argv[1])))
+    run(main)

@@ -7,7 +7,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import accumulate, repeat
@@ -154,7 +154,7 @@ def random_batch(config: Config, count: int, device: torch.device) -> DeviceBatc
     return DeviceBatch(images.contiguous(memory_format=torch.channels_last), labels, {})
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.throughput", description=__doc__)
     parser.add_argument("--rungs", nargs="+", choices=[rung.name for rung in LADDER], help="only these")
     parser.add_argument("--batch-size", type=int, help="default: the configuration's")
@@ -164,15 +164,17 @@ def main() -> None:
         "--profile", action="store_true", help="the ten longest kernels of each setting, and the GPU's idle time"
     )
     parser.add_argument("arguments", nargs="*", metavar="CONFIG or key=value", help=f"default: {' '.join(CONFIGS)}")
-    options = parser.parse_intermixed_args()
+    options = parser.parse_intermixed_args(arguments)
     overrides = [each for each in options.arguments if "=" in each]
     overrides += [f"train.batch_size={options.batch_size}"] if options.batch_size else []
     print(header(), torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU", sep="\n", flush=True)
+    context = get_context("forkserver")  # whose processes have imported what they need, and not touched the GPU
+    context.set_forkserver_preload(["gandist.trainer"])
     for path in [each for each in options.arguments if "=" not in each] or CONFIGS:
         rows, profiles, eager = [], [], None
         for rung in [rung for rung in LADDER if not options.rungs or rung.name in options.rungs]:
             try:
-                with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                with ProcessPoolExecutor(1, context) as pool:
                     rate, cells, kernels = pool.submit(measure, rung, path, overrides, options).result()
             except Exception as error:  # such as too little memory: the others are measured all the same
                 rows.append([rung.name, *[""] * 7, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:80]}"])

@@ -4,6 +4,7 @@ none, in turn."""
 import argparse
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from unittest.mock import patch
@@ -35,11 +36,11 @@ def steps_per_second(run_dir: Path, kimg: float, world: World, *, tracked: bool)
     return steps / seconds
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tracking", description=__doc__)
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     parser.add_argument("--kimg", type=float, default=40, help="of each run (default: %(default)s)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     rates = {True: [], False: []}
     with join_world() as world, tempfile.TemporaryDirectory() as folder:
         for number in range(options.rounds):
