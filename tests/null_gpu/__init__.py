@@ -100,9 +100,7 @@ def counts() -> Counts:
     number, size = library.null_gpu_count, library.null_gpu_bytes
     pageable = number(Kind.PAGEABLE_COPY)
     copies = number(Kind.COPY) + pageable
-    return Counts(
-        number(Kind.LAUNCH), number(Kind.SYNC), copies, pageable, number(Kind.COLLECTIVE), size(Kind.COLLECTIVE)
-    )
+    return Counts(number(Kind.LAUNCH), number(Kind.SYNC), copies, pageable, number(Kind.COLLECTIVE), size(Kind.COLLECTIVE))
 
 
 def reset() -> None:
