@@ -53,9 +53,10 @@ class Classification:
 
     def update(self, class_logits: torch.Tensor, labels: torch.Tensor) -> None:
         """class_logits [B, K], labels int64 [B]; those of −1 do not count"""
+        class_logits, labels = class_logits.float().cpu(), labels.cpu()
         labelled = labels >= 0
         if labelled.any():
-            self._metrics.update(class_logits[labelled].float().cpu(), labels[labelled].cpu())
+            self._metrics.update(class_logits[labelled], labels[labelled])
 
     def report(self) -> ClassificationReport:
         """Every rank calls it, also one that had no samples."""
