@@ -3,26 +3,31 @@
 
 import argparse
 import math
+import sys
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, repeat
 from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
+from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
+from torch._inductor.cudagraph_trees import get_manager
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import gandist
-from benchmarks.report import header, table
+from benchmarks.photos import PhotoSet
+from benchmarks.report import header, record, table
 from gandist.config import Config
 from gandist.config_file import load_config
 from gandist.data import DeviceBatch
@@ -31,15 +36,15 @@ from gandist.flops import peak_flops
 from gandist.trainer import Trainer
 
 CONFIGS = ["configs/cifar10-r3gan.yaml", "configs/imagenet128-biggan-256.yaml", "configs/ffhq256-stylegan2.yaml"]
-QUIET = [  # the data set is opened, but not read
-    "data.train=digits:train",
+QUIET = [
     "data.test=null",
     "data.in_memory=0",
     "evaluation.metrics=[]",
     "checkpoint.best=null",
     "tracking.wandb=off",
 ]
-COLUMNS = ["", "images/s", "× eager bfloat16", "ms a step", "TFLOP/s", "MFU", "GiB", "first step, s", "host sync"]
+COLUMNS = ["", "images/s", "× eager bfloat16", "ms a step", "TFLOP/s", "MFU", "GiB", "first step, s", "remarks"]
+KERNELS = ["", "ms a step", "share"]
 PROFILED = 3  # steps
 
 
@@ -63,14 +68,20 @@ LADDER = [
 ]
 
 
-def measure(rung: Rung, path: str, overrides: list[str], options: argparse.Namespace) -> tuple[float, list[str], str]:
-    """images/s; cells of `COLUMNS` from "ms a step" on, without the ratio; what --profile prints. For a process of its own."""
+def measure(
+    rung: Rung, path: str, overrides: list[str], options: argparse.Namespace
+) -> Iterator[tuple[float, list[str]] | list[list[str]]]:
+    """images/s and the cells of `COLUMNS` from "ms a step" on; then, with --profile, the rows of `KERNELS`."""
     if not rung.channels_last:
         torch.channels_last = torch.contiguous_format  # in which the trainer then places the networks
     inductor.triton.cudagraphs = rung.graphs  # as mode="reduce-overhead" has it
+    if rung.graphs:
+        torch._logging.set_logs(cudagraphs=True, perf_hints=True)  # says what it keeps out of a graph, and why
     with join_world() as world, TemporaryDirectory() as folder:
         manner = [f"train.precision={rung.precision}", f"train.compile={str(rung.compiled).lower()}", f"run_dir={folder}/run"]
-        config = load_config(path, [*QUIET, *overrides, *manner])
+        photos = PhotoSet(max(load_config(path, overrides).data.size), 64, 1, quality=90, grain=8)  # opened, but not read
+        data = [f"data.train={photos.folder(Path(folder))}", f"data.cache_dir={folder}/cache"]
+        config = load_config(path, [*QUIET, *data, *overrides, *manner])
         trainer = Trainer(config, world)
         batches = repeat(random_batch(config, config.train.batch_size, world.device))
         on_gpu = world.device.type == "cuda"
@@ -90,7 +101,8 @@ def measure(rung: Rung, path: str, overrides: list[str], options: argparse.Names
         period = math.lcm(config.loss.penalty_every, config.loss.path_length_every)  # of steps with and without penalties
         steps = math.ceil(options.steps / period) * period
         run(steps)
-        syncs = find_syncs(lambda: run(1)) if on_gpu else "needs a GPU"
+        remarks = [find_syncs(lambda: run(1)) if on_gpu else "needs a GPU"]
+        remarks += [count_graphs()] if rung.graphs else []
         seconds = median(run(steps) for _ in range(options.rounds))
         rate = trainer.images_per_step / seconds
         flops, peak = rate * trainer.flops["update"], peak_flops(world.device, "bfloat16")
@@ -100,9 +112,40 @@ def measure(rung: Rung, path: str, overrides: list[str], options: argparse.Names
             f"{flops / peak:.1%}" if peak else "",
             f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if on_gpu else "",
             f"{first:.1f}",
-            syncs,
+            ", ".join(remarks),
         ]
-        return rate, cells, profile_steps(lambda: run(PROFILED), on_gpu) if options.profile else ""
+        yield rate, cells
+        if options.profile:
+            yield profile_steps(lambda: run(PROFILED), on_gpu)
+
+
+def measure_apart(*arguments: object) -> Iterator[tuple[float, list[str]] | list[list[str]]]:
+    """As `measure`, in a process of its own: what came before it broke is there. Raises RuntimeError then."""
+    context = get_context("forkserver")  # whose processes have imported what they need, and not touched the GPU
+    context.set_forkserver_preload(["gandist.trainer"])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send, args=(sender, *arguments))
+    process.start()
+    sender.close()  # the other end alone is left, which its process closes when it ends
+    error = None
+    with suppress(EOFError):
+        while not error:
+            found = receiver.recv()
+            if isinstance(found, RuntimeError):
+                error = found
+            else:
+                yield found
+    process.join()
+    if error or process.exitcode:
+        raise error or RuntimeError(f"its process ended with status {process.exitcode}")
+
+
+def _send(sender: Connection, *arguments: object) -> None:
+    try:
+        for found in measure(*arguments):
+            sender.send(found)
+    except Exception as error:  # such as too little memory
+        sender.send(RuntimeError(f"{type(error).__name__}: {str(error).partition(chr(10))[0][:80]}"))
 
 
 def find_syncs(step: Callable[[], object]) -> str:
@@ -124,7 +167,14 @@ def find_syncs(step: Callable[[], object]) -> str:
     return ", ".join(dict.fromkeys(found)) or "no host sync"
 
 
-def profile_steps(steps: Callable[[], object], on_gpu: bool) -> str:
+def count_graphs() -> str:
+    """CUDA graphs that torch has recorded, and how often it took something for unfit."""
+    manager = get_manager(create_if_none_exists=False)
+    recorded = manager.new_graph_id().id if manager else 0
+    return f"{recorded} CUDA graphs recorded, {counters['inductor']['cudagraph_skips']} skipped"
+
+
+def profile_steps(steps: Callable[[], object], on_gpu: bool) -> list[list[str]]:
     """The ten kernels, or on a CPU operations, that take most time, and the share of the time in which the GPU runs none."""
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiled:
         steps()
@@ -134,8 +184,8 @@ def profile_steps(steps: Callable[[], object], on_gpu: bool) -> str:
     for event in events:
         totals[event.name] += getattr(event, key)
     rows = [[name[:90], f"{us / PROFILED / 1000:.2f}", f"{us / totals.total():.1%}"] for name, us in totals.most_common(10)]
-    lines = table(["kernel" if on_gpu else "operation", "ms a step", "share"], rows)
-    return f"{lines}\nGPU idle {idle_share([event.time_range for event in events]):.1%}" if on_gpu else lines
+    idle = idle_share([event.time_range for event in events]) if on_gpu and events else 0.0
+    return [*rows, ["GPU idle", "", f"{idle:.1%}"]] if on_gpu else rows
 
 
 def idle_share(ranges: list) -> float:
@@ -168,21 +218,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     overrides = [each for each in options.arguments if "=" in each]
     overrides += [f"train.batch_size={options.batch_size}"] if options.batch_size else []
     print(header(), torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU", sep="\n", flush=True)
-    context = get_context("forkserver")  # whose processes have imported what they need, and not touched the GPU
-    context.set_forkserver_preload(["gandist.trainer"])
+    errors = []
     for path in [each for each in options.arguments if "=" not in each] or CONFIGS:
-        rows, profiles, eager = [], [], None
+        title, rows, profiles, eager = " ".join([path, *overrides]), [], [], None
         for rung in [rung for rung in LADDER if not options.rungs or rung.name in options.rungs]:
+            row = [rung.name, *[""] * (len(COLUMNS) - 1)]
+            rows.append(row)
             try:
-                with ProcessPoolExecutor(1, context) as pool:
-                    rate, cells, kernels = pool.submit(measure, rung, path, overrides, options).result()
-            except Exception as error:  # such as too little memory: the others are measured all the same
-                rows.append([rung.name, *[""] * 7, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:80]}"])
-                continue
-            eager = rate if rung == EAGER else eager
-            rows.append([rung.name, f"{rate:,.1f}", f"{rate / eager:.2f}" if eager else "", *cells])
-            profiles += [f"\n{rung.name}\n{kernels}"] if kernels else []
-        print(f"\n{path} {' '.join(overrides)}", table(COLUMNS, rows), *profiles, sep="\n", flush=True)
+                found = measure_apart(rung, path, overrides, options)
+                rate, cells = next(found)
+                eager = rate if rung == EAGER else eager
+                row[1:] = [f"{rate:,.1f}", f"{rate / eager:.2f}" if eager else "", *cells]
+                for kernels in found:
+                    profiles.append(f"\n{rung.name}\n{table(KERNELS, kernels)}")
+                    for kernel in kernels:
+                        record(f"{title}: {rung.name}", KERNELS, kernel)
+            except RuntimeError as error:  # the others are measured all the same
+                errors.append(f"{rung.name}: {error}")
+                row[-1] = ", ".join(filter(None, [row[-1], str(error)]))
+            record(title, COLUMNS, row)
+            print("; ".join(f"{name} {cell}" for name, cell in zip(COLUMNS, row, strict=True) if cell).strip(), flush=True)
+        print(f"\n{title}", table(COLUMNS, rows), *profiles, sep="\n", flush=True)
+    if errors:
+        sys.exit("; ".join(errors))
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +30,17 @@ def describe_start(world: World) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
         "git": _revision(),
         "slurm_job": job and job.id,
-        "versions": versions | {package: version(package) for package in PACKAGES},
+        "versions": versions | _versions(),
     }
+
+
+def _versions() -> dict[str, str]:
+    """Of those that are installed: a run without W&B and DeepSpeed needs neither."""
+    found = {}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _command(world: World) -> str:

@@ -1,11 +1,14 @@
 """Every benchmark runs: for a moment, on what it measures, in processes that share their imports."""
 
 import importlib
+import json
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
+from benchmarks import device
 from benchmarks.studiogan import build_studiogan
 from tests.ranks import ROOT, launch, run_ranks
 
@@ -13,10 +16,13 @@ DIGITS = ["data.cache_dir={cache}", "model.generator_width=2", "model.discrimina
 HERE = 0  # ranks: in the process of the tests, whose fork server those that start processes then share
 MOMENT = ["train.kimg=0.064", "evaluation.num_images=100"]
 CASES = {  # benchmark → ranks, and its arguments, in several lists if it does several things
+    "agreement": (1, ["mlp"]),
     "budget": (2, ["stargan"]),
     "checkpoint": (2, ["--megabytes", "1", "--saves", "1", "--interval", "0.05"]),
     "convolution": (1, ["--images", "1", "--rounds", "1"]),
+    "convolution_kinds": (1, ["--images", "1", "--pixels", "4", "--width", "16", "--seconds", "0"]),
     "crash": (HERE, ["--kills", "1", "--launcher-kills", "0", "--restarts", "0", "--node-losses", "0", "--kimg", "0.256"]),
+    "device": (HERE, ["--only", "machine", "--output", "{tmp}"]),
     "evaluation": (
         2,
         ["distance", "--features", "16", "--rounds", "1"],
@@ -25,9 +31,11 @@ CASES = {  # benchmark → ranks, and its arguments, in several lists if it does
     ),
     "few_labels": (1, ["alone", "gan", "--seeds", "0", "--steps", "2", *DIGITS, *MOMENT]),
     "loader": (HERE, ["--folder", "{tmp}", "--sizes", "64", "--samples", "200", "--rounds", "1", "--seconds", "0.1"]),
+    "machine": (1, []),
     "methods": (HERE, ["dcgan, projection", *DIGITS, *MOMENT]),
     "order": (HERE, ["--shards", "100", "--shard-size", "10"]),
     "regress": (1, ["--rounds", "1", "--store", "--file", "{tmp}/ratios.json"]),
+    "resume": (HERE, ["--kimg", "0.128", "model.generator_width=2", "model.discriminator_width=2"]),
     "scaling": (2, ["measure", "--steps", "1", *DIGITS], ["predict", "configs/cifar10-dcgan.yaml"]),
     "startup": (HERE, ["--rounds", "1", "--launchers", "python", "--", *DIGITS]),
     "step": (1, ["sngan", "--batch-size", "2", "--rounds", "1", "--steps", "1", "--studiogan", "{studiogan}"]),
@@ -84,6 +92,21 @@ class Discriminator(nn.Module):
 """,
 }
 
+BARE = """
+import importlib.metadata, sys
+
+ABSENT = "wandb", "deepspeed", "plotly", "simplejpeg", "torchmetrics", "sklearn", "scikit-learn", "psutil"
+sys.modules |= dict.fromkeys(ABSENT)
+version = importlib.metadata.version
+
+def version_of_those_here(name):
+    if name in ABSENT:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return version(name)
+
+importlib.metadata.version = version_of_those_here
+"""
+
 
 @pytest.fixture(scope="module")
 def studiogan(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -108,12 +131,15 @@ def test_every_benchmark_is_here() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_runs(name: str, places: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_runs(name: str, places: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     ranks, *commands = CASES[name]
     if name == "style":
         overrides = [*DIGITS, "train.kimg=0.064", "evaluation.metrics=[]", "tracking.wandb=off", "run_dir={translator}"]
         train = ["--config", "configs/digits-translate.yaml", *(each.format(**places) for each in overrides)]
         assert launch(1, "gandist.train", *train).returncode == 0
+    if name == "resume":  # what a run starts with, where little is installed
+        (places["tmp"] / "sitecustomize.py").write_text(BARE)
+        monkeypatch.setenv("PYTHONPATH", str(places["tmp"]))
     for command in commands:
         arguments = [each.format(**places) for each in command]
         if ranks == HERE:
@@ -136,3 +162,33 @@ def _answers(checkout: Path, shape: str) -> tuple[tuple[int, ...], tuple[int, ..
     labels = torch.tensor([0, 1])
     images = generator(torch.randn(2, 80 if shape == "biggan" else 128), labels)
     return tuple(images.shape), tuple(discriminator(images, labels).logits.shape)
+
+
+RECORD = "from benchmarks.report import record; record({!r}, {!r}, {!r}); print('recorded'); "
+MACHINE = RECORD.format("machine", ["machine", ""], ["GPU", "none"])
+SPEED = RECORD.format("speeds", ["what", "ms"], ["a | b", 1.5])
+HANG = "import subprocess, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
+FAIL = "raise SystemExit('a reason')"
+
+
+def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    codes = {"machine": MACHINE, "fails": SPEED + FAIL, "hangs": SPEED + HANG, "works": SPEED, "needs": SPEED}
+    parts = [device.Part(name, 1, ["-c", code], gpu=name == "needs") for name, code in codes.items()]
+    results = device.run_parts(parts, 0.2, tmp_path, tmp_path / "cache", "the command")
+    assert {name: result.outcome.partition(" after")[0] for name, result in results.items()} == {
+        "machine": "ok",
+        "fails": "exit status 1: a reason",
+        "hangs": "not done",
+        "works": "ok",
+        "needs": "needs a GPU",
+    }
+    printed = capfd.readouterr().out
+    started = next(int(line) for line in printed.splitlines() if line.isdigit())
+    assert not psutil.pid_exists(started) or psutil.Process(started).status() == psutil.STATUS_ZOMBIE
+    assert (tmp_path / "log.txt").read_text().count("recorded") == 4
+    stored = json.loads((tmp_path / "results.json").read_text())["parts"]
+    assert stored["hangs"]["rows"] == stored["works"]["rows"] == {"speeds": [{"what": "a | b", "ms": "1.5"}]}
+    page = (tmp_path / "results.md").read_text()
+    assert page.startswith("`the command`, ")
+    assert "| a \\| b | 1.5 |" in page
+    assert "| exit status 1: a reason |" in page
