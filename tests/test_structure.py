@@ -17,6 +17,7 @@ ROWS = [
     "gandist.config",
     "gandist.config_file",
     "gandist.schedule",
+    "gandist.network",
     "gandist.launcher",
     "gandist.rendezvous",
     "gandist.distributed",
