@@ -16,7 +16,7 @@ def is_reachable(url: str) -> bool:
     answered = threading.Event()
 
     def ask() -> None:
-        with suppress(OSError):  # as all errors of requests are
+        with suppress(OSError, ValueError):  # of the network, of the URL
             requests.head(url, timeout=PATIENCE)
             answered.set()
 
