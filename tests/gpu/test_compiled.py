@@ -9,9 +9,9 @@ import torch
 from torch._dynamo.utils import counters
 
 from benchmarks.throughput import random_batch
-from gandist.distributed import World, join_world
+from gandist.distributed import World
 from tests.gpu.test_steps import STYLES, assert_never_waits, build
-from tests.ranks import ROOT, run_ranks
+from tests.ranks import ROOT
 
 LAZY = ["loss.r1_gamma={start: 1, end: 0.1, kimg: 1}", "loss.penalty_every=2"]
 SETTINGS = {  # and how many graphs they have: of `generate`, of D with and without its penalty, and of G

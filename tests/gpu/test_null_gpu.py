@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from gandist.distributed import join_world
 from tests.null_gpu import Kind, counts, recording, reset
-from tests.ranks import launch, run_ranks
+from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.skipif("NULL_GPU_COUNT" not in os.environ, reason="a real GPU has no counters")
 
