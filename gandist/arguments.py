@@ -36,6 +36,13 @@ def resolution(text: str) -> int | tuple[int, int]:
         raise argparse.ArgumentTypeError(f"{text!r} is no size: say 64, or 48x64 for images 48 pixels high, 64 wide") from error
 
 
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """A configuration: `config`, `overrides`."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file; default: the built-in digits")
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # deepspeed's launcher appends it
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the configuration, such as train.kimg=200")
+
+
 def add_checkpoint(parser: argparse.ArgumentParser) -> None:
     """What to load: `run`, `step`, `best`."""
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, a checkpoint's, or an exported one")

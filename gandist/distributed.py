@@ -78,12 +78,20 @@ def join_world(timeout_minutes: float = 10) -> Iterator[World]:
 
     timeout_minutes: after which an exchange that a rank does not take part in becomes an error
     """
-    timeout = timedelta(minutes=timeout_minutes)
     launch = read_launch()
-    device, backend = _choose_device(launch)
-    rank, size, seconds = launch.rank, launch.size, join_timeout()
-    store = meet(launch, seconds)
-    with roll_call(store, launch, seconds):
+    device = choose_device(launch)
+    store = meet(launch, join_timeout())
+    with connect(launch, device, store, timeout_minutes) as world:
+        yield world
+
+
+@contextmanager
+def connect(launch: Launch, device: torch.device, store: dist.Store, timeout_minutes: float) -> Iterator[World]:
+    """The process group of the ranks that have met in `store`, each with its device."""
+    timeout = timedelta(minutes=timeout_minutes)
+    backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    rank, size = launch.rank, launch.size
+    with roll_call(store, launch, join_timeout()):
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         control = dist.new_group(backend="gloo", timeout=timeout)
         present = torch.ones((), device=device)
@@ -107,13 +115,13 @@ def join_alone(what: str) -> Iterator[World]:
         yield world
 
 
-def _choose_device(launch: Launch) -> tuple[torch.device, str]:
-    """The device of this rank and the backends of the groups that use it."""
+def choose_device(launch: Launch) -> torch.device:
+    """The device of this rank. Raises ConfigError where there are more ranks than GPUs on this node."""
     local_rank = launch.local_rank
     if not torch.cuda.is_available():
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_size))
-        return torch.device("cpu"), "gloo"
+        return torch.device("cpu")
     gpus = torch.cuda.device_count()
     if launch.slurm and gpus == 1:
         local_rank = 0  # srun --gpus-per-task=1
@@ -122,7 +130,7 @@ def _choose_device(launch: Launch) -> tuple[torch.device, str]:
         raise ConfigError(f"{problem}: start one process a GPU", on_every_rank=False)
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
-    return device, "cpu:gloo,cuda:nccl"
+    return device
 
 
 def run(main: Callable[[], None]) -> None:

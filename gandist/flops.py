@@ -32,7 +32,9 @@ def count_flops(module: nn.Module, *inputs: torch.Tensor, backward: bool = False
     A copy of the module computes, in evaluation mode.
     """
     shadow = copy.deepcopy(module).eval()
-    with _Counter() as counter, torch.set_grad_enabled(backward):
+    # cuDNN would try for each convolution which algorithm is fastest, and find it for a batch that never comes again.
+    at_once = torch.backends.cudnn.flags(enabled=True, benchmark=False)
+    with at_once, _Counter() as counter, torch.set_grad_enabled(backward):
         found = shadow(*inputs)
         if backward:
             found[0].backward()

@@ -138,8 +138,8 @@ class _Round:
         missing = [rank for rank in range(self._launch.size) if rank not in joined]
         if not missing:
             silent = [rank for rank in joined if not self.store.check([f"confirmed {rank}"])]
-            return f"rank {_by_host(self.store, silent)} joined, but does not answer: look at its log and at its node"
-        problem = f"{_ranks(missing)} not joined within {seconds:g} s (joined: {_by_host(self.store, joined)})"
+            return f"rank {by_host(self.store, silent)} joined, but does not answer: look at its log and at its node"
+        problem = f"{_ranks(missing)} not joined within {seconds:g} s (joined: {by_host(self.store, joined)})"
         return f"{problem}: look at the log of the missing; {TIMEOUT_VARIABLE}=600 waits longer"
 
 
@@ -195,7 +195,7 @@ def _who_is_silent(store: dist.Store, launch: Launch, seconds: float, failure: l
     silent = [rank for rank in range(launch.size) if rank not in here]
     reason = str(failure[0]).partition("\n")[0] if failure else f"not done after {seconds:g} s"
     if silent:
-        which = f"rank {_by_host(store, silent)}"
+        which = f"rank {by_host(store, silent)}"
         return f"{which} joined, but does not answer in the first exchange ({reason}): look at its log and at its node"
     advice = "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME choose the network, NCCL_DEBUG=INFO tells more"
     return f"all ranks answer, but their first exchange failed ({reason}): {advice}"
@@ -249,7 +249,7 @@ def _ranges(ranks: Iterable[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _by_host(store: dist.Store, ranks: list[int]) -> str:
+def by_host(store: dist.Store, ranks: list[int]) -> str:
     """'0-3 on node-a, 4 on node-b'"""
     hosts: dict[str, list[int]] = {}
     for rank in ranks:

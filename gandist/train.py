@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gandist import checkpoint
+from gandist.arguments import add_config
 from gandist.config import RUN_CONFIG, Config
 from gandist.config_file import load_config
 from gandist.distributed import World, join_world, run
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="a YAML file; default: the built-in digits")
+    add_config(parser)
     parser.add_argument("--print-config", action="store_true", help="show the resolved configuration and exit")
     parser.add_argument("--fresh", action="store_true", help="start over; what is in run_dir is moved aside, not removed")
     parser.add_argument(
@@ -47,8 +48,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         metavar="NAME,…",
         help="resume although these are not the checkpoint's: seed, data_fingerprint, model, data, or one key of them",
     )
-    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # deepspeed's launcher appends it
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the configuration, such as train.kimg=200")
     options = parser.parse_intermixed_args(arguments)
     config = load_config(options.config, options.overrides)
     if options.print_config:

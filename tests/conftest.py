@@ -10,6 +10,7 @@ from gandist.data.pack import pack_digits
 from gandist.distributed import World, join_world
 from gandist.models import spectral_norm
 
+collect_ignore = [] if torch.cuda.is_available() else ["gpu"]  # which tests/test_gpu.py runs, on a null GPU
 LONGEST = ("test_promises", "test_slurm", "test_survival", "test_tracking", "test_commands", "test_families")  # to run
 
 

@@ -1,6 +1,5 @@
 """Remote shards: what servers do to a download, what processes do to the cache, and that nobody who reads notices."""
 
-import ctypes
 import hashlib
 import json
 import multiprocessing
@@ -37,6 +36,7 @@ from gandist.distributed import World
 from gandist.errors import DataError
 from tests.ranks import ROOT, run_ranks
 from tests.shards import open_files, write_shard, write_shards
+from tests.small_disk import mount_small_disk
 from tests.web import Web
 
 PATIENT = Remote(timeout=60)
@@ -250,7 +250,7 @@ def test_a_full_disk(web, tmp_path) -> None:
 
 def _fetch_to_small_disk(disk: Path, url: str) -> tuple[list[int], str, list[str]]:
     """With a disk of 700 KiB, of which the limit knows nothing."""
-    _mount_small_disk(disk, 700 * KIB)
+    mount_small_disk(disk, 700 * KIB)
     counts = []
     for name in ("0.tar", "1.tar", "2.tar"):
         assert fetch(disk / "shards", f"{url}/{name}") == noise(400 * KIB)
@@ -271,7 +271,7 @@ def test_a_full_disk_has_no_room_for_an_index(web, tmp_path) -> None:
 
 def _index_on_small_disk(disk: Path, url: str) -> tuple[int, str, list[Path]]:
     """Where the shards find room, but not their indices."""
-    _mount_small_disk(disk, 800 * KIB)
+    mount_small_disk(disk, 800 * KIB)
     storage = Storage(disk / "index", ShardCache(disk / "shards", 10**9, PATIENT), LabelRule())
     shards = [Shard(f"{url}/{name}") for name in ("0000.tar", "0001.tar")]
 
@@ -288,19 +288,6 @@ def _index_on_small_disk(disk: Path, url: str) -> tuple[int, str, list[Path]]:
     with pytest.raises(DataError) as failure:
         storage.open(shards[0])
     return count, str(failure.value), list((disk / "index").iterdir())
-
-
-def _mount_small_disk(folder: Path, size: int) -> None:
-    """A disk that this process alone sees."""
-    user, group = os.getuid(), os.getgid()
-    libc = ctypes.CDLL(None, use_errno=True)
-    new_user_and_mounts = 0x10000000 | 0x00020000
-    if libc.unshare(new_user_and_mounts):
-        raise OSError(ctypes.get_errno(), "unshare: this test needs user namespaces")
-    Path("/proc/self/setgroups").write_text("deny")
-    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
-    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", folder], check=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ damage

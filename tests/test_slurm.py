@@ -259,6 +259,15 @@ def test_a_chain_ends_where_a_job_of_it_fails(cluster: Cluster) -> None:
     assert [cluster.log(job) for job in others] == ["", ""]
 
 
+def test_the_doctor_looks_at_two_nodes(cluster: Cluster, cache_dir: Path) -> None:
+    sizes = ["--nodes=2", "--ntasks-per-node=1"]
+    options = ["tracking.wandb=off", "run_dir=runs/new", f"data.cache_dir={cache_dir}"]
+    said = cluster.run("srun", *sizes, sys.executable, "-m", "gandist.doctor", *options, OMP_NUM_THREADS="1")
+    assert re.search(r"^ok +ranks +2: 0-1 on \S+, met after ", said, re.MULTILINE), said
+    assert re.search(r"^ok +all-reduce +gloo sums \d+ MiB in ", said, re.MULTILINE), said
+    assert "\n0 error(s), " in said
+
+
 COMMANDS = [
     (path.name, command)
     for path in (ROOT / "README.md", ROOT / "docs" / "slurm.md")

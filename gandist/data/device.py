@@ -38,7 +38,10 @@ def on_device(batches: Iterator[Batch], device: torch.device) -> Iterator[Device
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A CPU tensor on the device, without waiting for what the device still has to do."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    if device.type != "cuda":
+        return tensor
+    # A view with gaps, such as one rank's rows, would be gathered in pageable memory on its way.
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def normalize(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

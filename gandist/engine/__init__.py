@@ -4,7 +4,7 @@ from torch import nn
 
 from gandist.config import Config, Cosine
 from gandist.distributed import World
-from gandist.engine.compilation import choose_compile, compile_objective, keep_compiled
+from gandist.engine.compilation import choose_compile, compile_objective, keep_compiled, missing_for_compiling
 from gandist.engine.ddp import DDPPlayer
 from gandist.engine.player import Player, frozen
 from gandist.engine.precision import Precision, choose_precision, set_determinism
@@ -18,6 +18,7 @@ __all__ = [
     "compile_objective",
     "frozen",
     "keep_compiled",
+    "missing_for_compiling",
     "set_determinism",
 ]
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sysconfig
 from hashlib import sha256
 from pathlib import Path
 
@@ -15,11 +16,20 @@ COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # names the folder of torch.compile's code
 
 
 def choose_compile(train: TrainConfig, device: torch.device) -> bool:
-    """`auto` compiles on GPUs where a C compiler is at hand, which torch.compile needs."""
+    """`auto` compiles on GPUs where torch.compile has what it needs."""
     if train.compile == "auto":
-        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
-        return device.type == "cuda" and compiler is not None and not train.activation_checkpointing
+        return device.type == "cuda" and not missing_for_compiling() and not train.activation_checkpointing
     return train.compile
+
+
+def missing_for_compiling() -> list[str]:
+    """What torch.compile needs on this node and does not find."""
+    compilers = [os.environ["CC"]] if os.environ.get("CC") else ["gcc", "cc", "clang"]
+    found = {
+        "a C compiler": any(map(shutil.which, compilers)),
+        "Python.h": Path(sysconfig.get_path("include"), "Python.h").is_file(),
+    }
+    return [name for name, is_there in found.items() if not is_there]
 
 
 def compile_objective(objective: nn.Module) -> None:

@@ -2,13 +2,10 @@
 
 import os
 import secrets
-import socket
-import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from PIL import Image
 
@@ -16,10 +13,10 @@ from gandist import checkpoint
 from gandist.config import Config
 from gandist.evaluation.evaluator import Evaluation
 from gandist.launcher import read_job
+from gandist.network import is_reachable
 from gandist.tracking.meter import Scalars
 from gandist.tracking.tracker import Samples, Tracker, per_class_columns
 
-PATIENCE = 3.0  # s to reach the server
 FINISH_PATIENCE, UPLOAD_PATIENCE = 10, 600  # s for what is still to be sent; with checkpoints
 CONFUSION = "wandb/confusion_matrix/v1"  # W&B's own chart
 
@@ -135,7 +132,7 @@ class WeightsAndBiases(Tracker):
         if mode not in ("auto", "online"):
             return mode
         url = self._wandb.setup().settings.base_url
-        if not _reachable(url):
+        if not is_reachable(url):
             print(f"W&B: {url} cannot be reached; the run is kept offline", flush=True)
             return "offline"
         return "online" if mode == "online" or self._wandb.login(prompt=False, verify=False) else "offline"
@@ -157,22 +154,6 @@ class WeightsAndBiases(Tracker):
         except Exception as error:
             print(f"warning: W&B failed ({' '.join(str(error).split())}); the run goes on without it", flush=True)
             self._run = None
-
-
-def _reachable(url: str) -> bool:
-    """Whether a server answers there, in bounded time: names are looked up by a thread, as nothing bounds that."""
-    parts = urlsplit(url)
-    address = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
-    answered = threading.Event()
-
-    def connect() -> None:
-        with suppress(OSError), socket.create_connection(address, PATIENCE):
-            answered.set()
-
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(PATIENCE + 1)
-    return answered.is_set()
 
 
 def _read_number(path: Path) -> int:

@@ -1,0 +1,1 @@
+"""What to know of a new cluster before the first job: `python -m gandist.doctor`."""
