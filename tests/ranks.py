@@ -52,7 +52,7 @@ def launch(world_size: int, module: str, *arguments: str, timeout: float = 120) 
     """As `torchrun`, which takes 10 s longer: the module's command in every rank; when one fails the others are ended."""
     with tempfile.TemporaryDirectory() as folder:
         outputs = [(Path(folder) / f"{rank}.out", Path(folder) / f"{rank}.err") for rank in range(world_size)]
-        ranks = start_ranks(world_size, lambda rank: (_command, *outputs[rank], module, arguments))
+        ranks = start_ranks(world_size, lambda rank: (run_module, *outputs[rank], module, arguments))
         deadline = time.monotonic() + timeout
         while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
             assert time.monotonic() < deadline or not end_ranks(ranks), f"ranks hang after {timeout} s"
@@ -108,7 +108,7 @@ def _rank(result: Path, function: Callable[..., Any], arguments: tuple) -> None:
     result.write_bytes(pickle.dumps(function(*arguments)))
 
 
-def _command(out: Path, err: Path, module: str, arguments: tuple[str, ...]) -> None:
+def run_module(out: Path, err: Path, module: str, arguments: tuple[str, ...]) -> None:
     for stream, path in ((sys.stdout, out), (sys.stderr, err)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     run(partial(importlib.import_module(module).main, arguments))

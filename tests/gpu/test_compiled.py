@@ -1,6 +1,7 @@
-"""Compiled steps on a GPU: Triton's kernels for all of them, few graphs, and nothing compiled again later."""
+"""Compiled steps on a GPU have few graphs, and nothing is compiled again later."""
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 
@@ -36,27 +37,23 @@ SETTINGS = {  # and how many graphs they have: of `generate`, of D with and with
 
 
 @pytest.fixture(autouse=True)
-def _compiled_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+def _anew() -> Iterator[None]:
     torch._dynamo.reset()
     counters.clear()
     yield
     torch._dynamo.reset()
 
 
-def graphs() -> int:
-    return counters["stats"]["unique_graphs"]
-
-
 @pytest.mark.parametrize("name", SETTINGS)
-def test_steps_are_compiled_once_and_whole(world: World, tmp_path: Path, name: str) -> None:
+def test_steps_are_compiled_once_and_whole(world: World, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over changing schedules, too. Of the graphs tests/gpu/test_runs.py makes kernels: for all of these it takes minutes."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     overrides, expected = SETTINGS[name]
     trainer = build(world, tmp_path / "run", [*overrides, "train.compile=true"])
     batches = repeat(random_batch(trainer.config, 8, world.device))
     for _ in range(2):
         trainer.train_step(batches)
-    assert graphs() == expected
+    assert counters["stats"]["unique_graphs"] == expected
     assert_never_waits(trainer, batches)
-    assert graphs() == expected, "compiled again"
+    assert counters["stats"]["unique_graphs"] == expected, "compiled again"
     assert not counters["graph_break"]
