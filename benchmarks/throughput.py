@@ -36,7 +36,8 @@ from gandist.flops import peak_flops
 from gandist.trainer import Trainer
 
 CONFIGS = ["configs/cifar10-r3gan.yaml", "configs/imagenet128-biggan-256.yaml", "configs/ffhq256-stylegan2.yaml"]
-QUIET = [
+QUIET = [  # the data set is opened, but not read
+    "data.train=digits:train",
     "data.test=null",
     "data.in_memory=0",
     "evaluation.metrics=[]",
@@ -79,7 +80,7 @@ def measure(
         torch._logging.set_logs(cudagraphs=True, perf_hints=True)  # says what it keeps out of a graph, and why
     with join_world() as world, TemporaryDirectory() as folder:
         manner = [f"train.precision={rung.precision}", f"train.compile={str(rung.compiled).lower()}", f"run_dir={folder}/run"]
-        photos = PhotoSet(max(load_config(path, overrides).data.size), 64, 1, quality=90, grain=8)  # opened, but not read
+        photos = PhotoSet(max(load_config(path, overrides).data.size), 64, 1, quality=90, grain=8)  # for scikit-learn's digits
         data = [f"data.train={photos.folder(Path(folder))}", f"data.cache_dir={folder}/cache"]
         config = load_config(path, [*QUIET, *data, *overrides, *manner])
         trainer = Trainer(config, world)

@@ -92,11 +92,16 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function is torch.ops.aten.convolution_backward.default:
-            self.flops += _convolution_backward(*args)
-        elif formula := flop_registry.get(function.overloadpacket):
-            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        self.flops += flops_of(function, args, kwargs or {}, result)
         return result
+
+
+def flops_of(function: torch._ops.OpOverload, args: tuple, kwargs: dict, result: object) -> int:
+    """Of one ATen operation; 0 unless it is a matrix product or a convolution."""
+    if function is torch.ops.aten.convolution_backward.default:
+        return _convolution_backward(*args)
+    formula = flop_registry.get(function.overloadpacket)
+    return formula(*args, **kwargs, out_val=result) if formula else 0
 
 
 def _convolution_backward(

@@ -10,6 +10,7 @@ import torch
 
 from benchmarks import device
 from benchmarks.studiogan import build_studiogan
+from tests import null_gpu
 from tests.ranks import ROOT, launch, run_ranks
 
 DIGITS = ["data.cache_dir={cache}", "model.generator_width=2", "model.discriminator_width=2"]
@@ -30,6 +31,7 @@ CASES = {  # benchmark → ranks, and its arguments, in several lists if it does
         ["share", *DIGITS, *MOMENT, "evaluation.every_kimg=0.064"],
     ),
     "few_labels": (1, ["alone", "gan", "--seeds", "0", "--steps", "2", *DIGITS, *MOMENT]),
+    "gpu_budget": (HERE, ["--configs", "configs/cifar10-dcgan.yaml", "--images", "2", "--output", "{tmp}/tables.md"]),
     "loader": (HERE, ["--folder", "{tmp}", "--sizes", "64", "--samples", "200", "--rounds", "1", "--seconds", "0.1"]),
     "machine": (1, []),
     "methods": (HERE, ["dcgan, projection", *DIGITS, *MOMENT]),
@@ -133,6 +135,11 @@ def test_every_benchmark_is_here() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_runs(name: str, places: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     ranks, *commands = CASES[name]
+    if name == "gpu_budget":
+        try:
+            null_gpu.environment()
+        except null_gpu.Unavailable as reason:
+            pytest.skip(f"no null GPU: {reason}")
     if name == "style":
         overrides = [*DIGITS, "train.kimg=0.064", "evaluation.metrics=[]", "tracking.wandb=off", "run_dir={translator}"]
         train = ["--config", "configs/digits-translate.yaml", *(each.format(**places) for each in overrides)]
