@@ -1,5 +1,5 @@
 """What each family of networks, and each conditioning, learns of the built-in digits in a short run:
-`python -m benchmarks.methods [NAME …]` trains them one after the other, with two processes each, and prints a table.
+`python -m benchmarks.methods [NAME …]` trains them one after the other and prints a table.
 """
 
 import argparse
@@ -70,9 +70,10 @@ COLUMNS = {
 }
 
 
-def train(overrides: Sequence[str], run_dir: Path) -> tuple[dict[str, float], float]:
+def train(overrides: Sequence[str], run_dir: Path, ranks: int) -> tuple[dict[str, float], float]:
     """The last values that the run logged and measured, and the CPU seconds of all its processes."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "gandist.train"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    command = [sys.executable, *launcher, "-m", "gandist.train"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([*command, *COMMON, *overrides, f"run_dir={run_dir}"], check=True, stdout=subprocess.DEVNULL)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -87,9 +88,10 @@ def train(overrides: Sequence[str], run_dir: Path) -> tuple[dict[str, float], fl
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.methods", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {'; '.join(METHODS)}")
+    parser.add_argument("--ranks", type=int, default=2, help="processes of a run (default: %(default)s)")
     parser.add_argument("--runs", type=Path, help="where to keep the runs; default: nowhere")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for all of them")
-    options = parser.parse_args(arguments)
+    options = parser.parse_intermixed_args(arguments)
     overrides = [name for name in options.names if "=" in name]
     names = [name for name in options.names if "=" not in name] or list(METHODS)
     if unknown := [name for name in names if name not in METHODS]:
@@ -97,7 +99,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("| | " + " | ".join(COLUMNS) + " | CPU-seconds |\n|" + " --- |" * (len(COLUMNS) + 2), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
         for name in names:
-            values, seconds = train([*METHODS[name], *overrides], (options.runs or Path(temporary)) / name.replace(", ", "-"))
+            run_dir = (options.runs or Path(temporary)) / name.replace(", ", "-")
+            values, seconds = train([*METHODS[name], *overrides], run_dir, options.ranks)
             cells = [f"{values[metric]:.4g}" for metric in COLUMNS.values()]
             print(f"| {name} | " + " | ".join(cells) + f" | {seconds:.0f} |", flush=True)
 

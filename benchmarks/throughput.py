@@ -19,9 +19,6 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
-from torch._dynamo.utils import counters
-from torch._inductor import config as inductor
-from torch._inductor.cudagraph_trees import get_manager
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -75,8 +72,10 @@ def measure(
     """images/s and the cells of `COLUMNS` from "ms a step" on; then, with --profile, the rows of `KERNELS`."""
     if not rung.channels_last:
         torch.channels_last = torch.contiguous_format  # in which the trainer then places the networks
-    inductor.triton.cudagraphs = rung.graphs  # as mode="reduce-overhead" has it
     if rung.graphs:
+        from torch._inductor import config as inductor  # slow
+
+        inductor.triton.cudagraphs = True  # as mode="reduce-overhead" has it
         torch._logging.set_logs(cudagraphs=True, perf_hints=True)  # says what it keeps out of a graph, and why
     with join_world() as world, TemporaryDirectory() as folder:
         manner = [f"train.precision={rung.precision}", f"train.compile={str(rung.compiled).lower()}", f"run_dir={folder}/run"]
@@ -170,6 +169,9 @@ def find_syncs(step: Callable[[], object]) -> str:
 
 def count_graphs() -> str:
     """CUDA graphs that torch has recorded, and how often it took something for unfit."""
+    from torch._dynamo.utils import counters
+    from torch._inductor.cudagraph_trees import get_manager
+
     manager = get_manager(create_if_none_exists=False)
     recorded = manager.new_graph_id().id if manager else 0
     return f"{recorded} CUDA graphs recorded, {counters['inductor']['cudagraph_skips']} skipped"

@@ -34,7 +34,7 @@ CASES = {  # benchmark → ranks, and its arguments, in several lists if it does
     "gpu_budget": (HERE, ["--configs", "configs/cifar10-dcgan.yaml", "--images", "2", "--output", "{tmp}/tables.md"]),
     "loader": (HERE, ["--folder", "{tmp}", "--sizes", "64", "--samples", "200", "--rounds", "1", "--seconds", "0.1"]),
     "machine": (1, []),
-    "methods": (HERE, ["dcgan, projection", *DIGITS, *MOMENT]),
+    "methods": (HERE, ["dcgan, projection", "--ranks", "1", *DIGITS, *MOMENT]),
     "order": (HERE, ["--shards", "100", "--shard-size", "10"]),
     "regress": (1, ["--rounds", "1", "--store", "--file", "{tmp}/ratios.json"]),
     "resume": (HERE, ["--kimg", "0.128", "model.generator_width=2", "model.discriminator_width=2"]),
