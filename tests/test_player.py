@@ -1,13 +1,17 @@
 """Updates of a player under DDP: against a plain loop, with gradients that are not finite, and what they cost."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock, patch
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from gandist import checkpoint
 from gandist.config import Config
 from gandist.distributed import World, join_world
 from gandist.engine import build_player, choose_precision
@@ -21,10 +25,10 @@ from tests.ranks import run_ranks
 class Regression(nn.Module):
     """A small objective: an affine map is fitted. `spoil` is multiplied into the loss."""
 
-    def __init__(self, dtype: torch.dtype = torch.float64):
+    def __init__(self, dtype: torch.dtype = torch.float64, device: torch.device | None = None):
         super().__init__()
         torch.manual_seed(0)
-        self.network = nn.Linear(4, 3, dtype=dtype)
+        self.network = nn.Linear(4, 3, dtype=dtype, device=device)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor, spoil: torch.Tensor) -> tuple[torch.Tensor, dict]:
         loss = (self.network(x) - y).square().mean() * spoil.mean()
@@ -39,7 +43,7 @@ def data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 def player_of(world: World, precision: str = "float64", **settings):
     config = Config.model_validate(settings)
     precision = choose_precision(precision, world.device)
-    return build_player("generator", Regression(precision.dtype), config, world, precision, lr=0.1)
+    return build_player("generator", Regression(precision.dtype, world.device), config, world, precision, lr=0.1)
 
 
 def fit(clip_norm: float, accumulation: int) -> dict[str, torch.Tensor]:
@@ -125,6 +129,22 @@ def test_float16_finds_its_loss_scale_and_keeps_it(world: World) -> None:
     state["loss_scale"].copy_(player.state_dict()["loss_scale"])
     other.load_state_dict(state)
     assert other.scaler.get_scale() == scale
+
+
+@pytest.mark.parametrize("engine", [{"engine": "ddp"}, {"engine": "deepspeed", "zero_stage": 0}], ids=["ddp", "deepspeed"])
+def test_the_whole_state_is_on_the_device(world: World, engine: dict) -> None:
+    """With tensors that have no values: a GPU need not be there."""
+    device = torch.device("cuda", 0)
+    deepspeed = Mock(initialize=Mock(return_value=(None,)))
+    with (
+        FakeTensorMode(),
+        patch("gandist.engine.ddp.DistributedDataParallel"),
+        patch("gandist.engine.zero._import_deepspeed", return_value=deepspeed),
+    ):
+        state = player_of(replace(world, device=device), "float32", **engine).state_dict()
+    tensors = checkpoint.flatten(state)
+    assert len(tensors) == 2 + 2 * 3 + 1, "weights, Adam's state and the loss scale"
+    assert {tensor.device for tensor in tensors.values()} == {device}
 
 
 WAITING = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select}

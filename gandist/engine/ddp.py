@@ -30,7 +30,7 @@ class DDPPlayer(Player):
         super().__init__(name, objective, config, world, precision, lr)
         self.optimizer = torch.optim.Adam(self.parameters.values(), **self.rates(0), eps=config.optimizer.eps, fused=True)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision.name == "float16")
-        self._loss_scale = torch.tensor([self.scaler.get_scale(), 0.0])
+        self._loss_scale = torch.tensor([self.scaler.get_scale(), 0.0], device=world.device)
         self.parallel = DistributedDataParallel(
             objective,
             device_ids=[world.device] if world.device.type == "cuda" else None,

@@ -38,7 +38,7 @@ class DeepSpeedPlayer(Player):
         adam = torch.optim.Adam(self.parameters.values(), **self.rates(0), eps=config.optimizer.eps, fused=True)
         adam.register_step_pre_hook(self._before_adam)
         self.optimizer = adam
-        self._loss_scale = torch.tensor([1.0, 0.0])  # none: for checkpoints that other engines read
+        self._loss_scale = torch.tensor([1.0, 0.0], device=world.device)  # none: for checkpoints that other engines read
         self.parallel, *_ = deepspeed.initialize(model=objective, optimizer=adam, config=_deepspeed_config(config, world))
 
     def exchanging(self, last: bool) -> AbstractContextManager:
