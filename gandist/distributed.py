@@ -17,6 +17,8 @@ from gandist.errors import ConfigError, GandistError
 from gandist.launcher import Launch, read_launch, report
 from gandist.rendezvous import join_timeout, meet, roll_call
 
+_set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # its name in older versions
+
 _LOST_PEER = "Connection closed by peer", "Connection reset by peer", "Broken pipe"
 _SILENT_PEER = "Timed out waiting", "Application timeout caused pair closure"
 
@@ -36,6 +38,7 @@ class World:
     device: torch.device
     control: dist.ProcessGroup
     timeout: timedelta  # of the exchanges in any group
+    groups: list[dist.ProcessGroup]  # whose exchanges training waits for
 
     @property
     def is_main(self) -> bool:
@@ -58,6 +61,23 @@ class World:
         total = tensor.detach().cpu().clone()
         dist.all_reduce(total, group=self.control)
         return total
+
+    @contextmanager
+    def patient(self, times: float) -> Iterator[None]:
+        """A block of every rank in which an exchange may take `times` as long as usual; at its end the ranks meet."""
+        self._allow(self.timeout * times)
+        yield
+        self.gather(None)  # else a rank that is quick would give the others too little time in the next exchange
+        self._allow(self.timeout)
+
+    def add_group(self, group: dist.ProcessGroup) -> None:
+        """Takes in a group of all ranks, made by a library, so that its exchanges have the run's timeout too."""
+        self.groups.append(group)
+        _set_timeout(self.timeout, group)
+
+    def _allow(self, timeout: timedelta) -> None:
+        for group in self.groups:
+            _set_timeout(timeout, group)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -90,7 +110,8 @@ def join_world(timeout_minutes: float = 10) -> Iterator[World]:
         dist.all_reduce(present)  # connects NCCL, which otherwise waits for the first gradients
         present.item()
     try:
-        yield World(rank, size, launch.local_rank, launch.local_size, device, control, timeout)
+        groups = [dist.group.WORLD, control]
+        yield World(rank, size, launch.local_rank, launch.local_size, device, control, timeout, groups)
     except BaseException:
         if size == 1:  # else a rank that fails must leave at once: the others may be inside a collective
             dist.destroy_process_group()

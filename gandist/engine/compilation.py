@@ -2,6 +2,9 @@
 
 import os
 import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
@@ -10,7 +13,9 @@ from torch import nn
 
 from gandist.config import TrainConfig
 from gandist.distributed import World
+from gandist.watchdog import Watchdog
 
+PATIENCE = 6  # times as long as anything else a compilation may take: minutes, where many ranks share few cores
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # names the folder of torch.compile's code
 
 
@@ -45,6 +50,37 @@ def keep_compiled(folder: Path, world: World) -> None:
 
     if os.environ.get(COMPILED, default_cache_dir()) == default_cache_dir():  # to which torch itself sets it
         os.environ[COMPILED] = str(folder / f"node-{world.rank // world.local_size}-{_processor()}")
+
+
+class Compilations:
+    """The first update of each kind, in which torch.compile makes its code: it is announced, and given more time.
+
+    An exchange within it may wait for a rank that still compiles, so it is given as much.
+    """
+
+    def __init__(self, world: World, watchdog: Watchdog):
+        self._world = world
+        self._watchdog = watchdog
+        self._compiled: set[str] = set()
+
+    @contextmanager
+    def of(self, update: str) -> Iterator[None]:
+        """Around every update, on every rank. update: what kind it is, as in "discriminator's update"."""
+        if update in self._compiled:
+            yield
+            return
+        self._compiled.add(update)
+        start = time.perf_counter()
+        self._say(f"compiling the {update} …")
+        self._watchdog.doing(f"compiling the {update}", patience=PATIENCE)
+        with self._world.patient(PATIENCE):
+            yield
+        self._watchdog.doing("computing, or waiting for other ranks")
+        self._say(f"compiled the {update} in {time.perf_counter() - start:.0f} s")
+
+    def _say(self, text: str) -> None:
+        if self._world.is_main:
+            print(text, flush=True)
 
 
 def _processor() -> str:
