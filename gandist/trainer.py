@@ -104,7 +104,7 @@ class Trainer:
         self.flops = count_run(config, discriminating, generating, world.device, self.precision.dtype) if world.is_main else {}
         self.paired, self.translates = generating.adversarial.paired, generating.translates
         self.generate = generating.generate
-        self.compiled = choose_compile(config.train, world.device)
+        self.compiled = choose_compile(config.train, world)
         if self.compiled:
             compile_objective(discriminating)
             compile_objective(generating)

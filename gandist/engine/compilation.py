@@ -2,29 +2,58 @@
 
 import os
 import shutil
+import socket
+import sysconfig
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from gandist.config import TrainConfig
 from gandist.distributed import World
+from gandist.errors import ConfigError
 from gandist.watchdog import Watchdog
 
 PATIENCE = 6  # times as long as anything else a compilation may take: minutes, where many ranks share few cores
+PACKAGES = {"C compiler": "gcc", "C++ compiler": "g++", "Python.h": "python3-dev"}  # names as in Debian
 COMPILED = "TORCHINDUCTOR_CACHE_DIR"  # names the folder of torch.compile's code
 
 
-def choose_compile(train: TrainConfig, device: torch.device) -> bool:
-    """`auto` compiles on GPUs where a C compiler is at hand, which torch.compile needs."""
-    if train.compile == "auto":
-        compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("cc") or shutil.which("clang")
-        return device.type == "cuda" and compiler is not None and not train.activation_checkpointing
-    return train.compile
+def choose_compile(train: TrainConfig, world: World) -> bool:
+    """Whether steps are compiled; `auto`: on GPUs, where every node has what that takes, and else with a warning.
+
+    Every rank calls it, and all get the same answer. Raises ConfigError where compilation is asked for and cannot be.
+    """
+    on_gpu = world.device.type == "cuda"
+    wanted = on_gpu and not train.activation_checkpointing if train.compile == "auto" else train.compile
+    if not wanted:
+        return False
+    lacking = dict(found for found in world.gather((socket.gethostname(), _missing_to_compile(on_gpu))) if found[1])
+    if not lacking:
+        return True
+    where = "; ".join(f"{host} has no {' and no '.join(missing)}" for host, missing in lacking.items())
+    advice = f"install {' and '.join(dict.fromkeys(PACKAGES[each] for missing in lacking.values() for each in missing))}"
+    if train.compile != "auto":
+        raise ConfigError(f"train.compile=true: {where}, which torch.compile needs: {advice}, or say train.compile=false")
+    if world.is_main:
+        print(f"warning: steps are not compiled, which would make them faster: {where}: {advice}", flush=True)
+    return False
+
+
+def _missing_to_compile(on_gpu: bool) -> list[str]:
+    """What torch.compile, or Triton on a GPU, will not find on this node, of PACKAGES."""
+    compilers = [os.environ.get("CC"), "gcc", "clang"] if on_gpu else [os.environ.get("CXX"), "g++"]
+    variables = ("CPATH", "C_INCLUDE_PATH" if on_gpu else "CPLUS_INCLUDE_PATH")
+    folders = [sysconfig.get_path("include", "posix_prefix")]
+    folders += [folder for name in variables for folder in os.environ.get(name, "").split(os.pathsep)]
+    found = {
+        "C compiler" if on_gpu else "C++ compiler": any(name and shutil.which(name) for name in compilers),
+        "Python.h": any((Path(folder) / "Python.h").is_file() for folder in folders),
+    }
+    return [name for name in found if not found[name]]
 
 
 def compile_objective(objective: nn.Module) -> None:
