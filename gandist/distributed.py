@@ -1,6 +1,7 @@
 """Process groups, the device of this rank, agreement between ranks, and the wrapper of every entry point."""
 
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -19,8 +20,21 @@ from gandist.rendezvous import join_timeout, meet, roll_call
 
 _set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # its name in older versions
 
-_LOST_PEER = "Connection closed by peer", "Connection reset by peer", "Broken pipe"
-_SILENT_PEER = "Timed out waiting", "Application timeout caused pair closure"
+# When an exchange takes too long, NCCL's thread aborts the process, without a word of ours: gloo and the watchdog come first.
+NCCL_LATER = timedelta(seconds=60)
+
+# What gloo, NCCL and the store say, in this order.
+_LOST_PEER = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
+    *("ncclRemoteError", "NCCL communicator was aborted"),
+    *("Connection was likely closed", "Connection closed by remote peer", "Remote peer closed the connection"),
+)
+_SILENT_PEER = (
+    *("Timed out waiting", "Application timeout caused pair closure"),
+    *("Watchdog caught collective operation timeout", "NCCL operation timed out", "NCCL timeout", "Connection timed out"),
+    *("wait timeout after", "Socket Timeout"),
+)
+_NCCL_ON_THIS_NODE = re.compile(r"ncclSystemError.*?Last error:\s*(?P<reason>[^\n]+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -73,11 +87,15 @@ class World:
     def add_group(self, group: dist.ProcessGroup) -> None:
         """Takes in a group of all ranks, made by a library, so that its exchanges have the run's timeout too."""
         self.groups.append(group)
-        _set_timeout(self.timeout, group)
+        self._set_timeout(self.timeout, group)
 
     def _allow(self, timeout: timedelta) -> None:
         for group in self.groups:
-            _set_timeout(timeout, group)
+            self._set_timeout(timeout, group)
+
+    def _set_timeout(self, timeout: timedelta, group: dist.ProcessGroup) -> None:
+        by_nccl = self.device.type == "cuda" and group is not self.control
+        _set_timeout(timeout + NCCL_LATER if by_nccl else timeout, group)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -103,8 +121,9 @@ def join_world(timeout_minutes: float = 10) -> Iterator[World]:
     device, backend = _choose_device(launch)
     rank, size, seconds = launch.rank, launch.size, join_timeout()
     store = meet(launch, seconds)
+    longest = timeout + NCCL_LATER if device.type == "cuda" else timeout
     with roll_call(store, launch, seconds):
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=longest)
         control = dist.new_group(backend="gloo", timeout=timeout)
         present = torch.ones((), device=device)
         dist.all_reduce(present)  # connects NCCL, which otherwise waits for the first gradients
@@ -165,6 +184,11 @@ def run(main: Callable[[], None]) -> None:
                 _fail("the connection to another rank was lost: it failed first, see its own message")
             if any(sign in str(error) for sign in _SILENT_PEER):
                 _fail("another rank does not answer: it hangs, or its node or the network between is gone; see its log")
+            if found := _NCCL_ON_THIS_NODE.search(str(error)):
+                _fail(
+                    f"NCCL failed on {socket.gethostname()}: {found['reason']}: often /dev/shm is full or too small (docker "
+                    "run --shm-size=8g), or NCCL_SOCKET_IFNAME is wrong; NCCL_DEBUG=INFO tells more"
+                )
             raise
 
     guarded()

@@ -237,3 +237,44 @@ def test_rounds(monkeypatch) -> None:
     stores[0].set("address 0", "new")
     assert [each.get("address 0") for each in stores] == [b"new"] * 3
     assert not stores[1].check(["address 1"]), "the dead rank's address is out of sight"
+
+
+IN_NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, "
+REMOTE = "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely."
+SYSTEM = "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error. \nLast error:\n"
+STOPPED_RANKS = [  # as torch 2.15 has it
+    (dist.DistBackendError, f"{IN_NCCL}remote process exited or there was a network error\n{REMOTE}", "was lost"),
+    (dist.DistBackendError, f"{IN_NCCL}unhandled system error\n{SYSTEM}recv failed : Connection reset by peer", "was lost"),
+    (dist.DistBackendError, "NCCL communicator was aborted on rank 1. ", "was lost"),
+    (
+        dist.DistNetworkError,
+        "recvValue failed on SocketImpl(fd=3): Failed to recv, got 0 bytes. Connection was likely closed. Did the remote "
+        "server shutdown or crash?",
+        "was lost",
+    ),
+    (
+        dist.DistBackendError,
+        "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE) ran for 600000 "
+        "milliseconds before timing out.",
+        "does not answer",
+    ),
+    (dist.DistStoreError, "wait timeout after 600000ms, keys: /default_pg/0//cuda//0/1", "does not answer"),
+    (dist.DistNetworkError, "Socket Timeout", "does not answer"),
+    (
+        dist.DistBackendError,
+        f"{IN_NCCL}unhandled system error\n{SYSTEM}Error while creating shared memory segment /dev/shm/nccl-x (size 9637888)",
+        r"NCCL failed on .*: Error while creating shared memory segment /dev/shm/nccl-x \(size 9637888\): often /dev/shm is",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "said", "expected"), STOPPED_RANKS)
+def test_what_nccl_says_of_other_ranks_is_understood(capsys, kind: type, said: str, expected: str) -> None:
+    def fail() -> None:
+        raise kind(said)
+
+    with pytest.raises(SystemExit):
+        run(fail)
+    error = capsys.readouterr().err
+    assert re.match(f"error: .*{expected}", error), error
+    assert error.count("\n") == 1
