@@ -23,7 +23,7 @@ from gandist.engine import (
     build_player,
     choose_compile,
     choose_precision,
-    compile_objective,
+    compile_player,
     frozen,
     keep_compiled,
     set_determinism,
@@ -103,19 +103,21 @@ class Trainer:
         generating = GeneratorObjective(generator, discriminating, config, autocast).to(world.device)
         self.flops = count_run(config, discriminating, generating, world.device, self.precision.dtype) if world.is_main else {}
         self.paired, self.translates = generating.adversarial.paired, generating.translates
-        self.generate = generating.generate
-        self.compiled = choose_compile(config.train, world)
-        if self.compiled:
-            compile_objective(discriminating)
-            compile_objective(generating)
-            self.generate = torch.compile(self.generate)
-        self.compilations = Compilations(world, self.watchdog)
 
         # Make them players.
         setting = config, world, self.precision
         optimizer = config.optimizer
         self.discriminator = build_player("discriminator", discriminating, *setting, lr=optimizer.discriminator_lr)
         self.generator = build_player("generator", generating, *setting, lr=optimizer.generator_lr)
+        self.generate = generating.generate
+
+        # Compile their updates, if that is wanted.
+        self.compiled = choose_compile(config.train, world)
+        self.compilations = Compilations(world, self.watchdog)
+        if self.compiled:
+            compile_player(self.discriminator)
+            compile_player(self.generator)
+            self.generate = torch.compile(self.generate)
 
         # Prepare to look at them.
         self.evaluator = Evaluator(config, self.train_set, world)

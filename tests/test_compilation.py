@@ -54,7 +54,7 @@ def test_other_ranks_wait_for_one_that_compiles_but_not_later() -> None:
 def test_each_kind_of_update_is_announced_once(tmp_path: Path, cache_dir: Path, world, compiled: bool) -> None:
     overrides = [f"run_dir={tmp_path}", f"data.cache_dir={cache_dir}", "evaluation.metrics=[]"]
     lazy = ["loss.r1_gamma=1", "loss.penalty_every=2", f"train.compile={compiled}"]
-    with patch("gandist.trainer.compile_objective"), patch("torch.compile", lambda function: function):
+    with patch("gandist.trainer.compile_player"), patch("torch.compile", lambda function: function):
         trainer = Trainer(load_config(None, [*overrides, *lazy]), world)
     batches = trainer.train_set.training_batches(seed=0, batch_size=64, start=0)
     printed = io.StringIO()

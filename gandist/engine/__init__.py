@@ -4,7 +4,7 @@ from torch import nn
 
 from gandist.config import Config, Cosine
 from gandist.distributed import World
-from gandist.engine.compilation import Compilations, choose_compile, compile_objective, keep_compiled
+from gandist.engine.compilation import Compilations, choose_compile, compile_player, keep_compiled
 from gandist.engine.ddp import DDPPlayer
 from gandist.engine.player import Player, frozen
 from gandist.engine.precision import Precision, choose_precision, set_determinism
@@ -16,7 +16,7 @@ __all__ = [
     "build_player",
     "choose_compile",
     "choose_precision",
-    "compile_objective",
+    "compile_player",
     "frozen",
     "keep_compiled",
     "set_determinism",

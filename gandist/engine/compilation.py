@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 
-from torch import nn
-
 from gandist.config import TrainConfig
 from gandist.distributed import World
+from gandist.engine.player import Player
 from gandist.errors import ConfigError
 from gandist.watchdog import Watchdog
 
@@ -56,8 +55,8 @@ def _missing_to_compile(on_gpu: bool) -> list[str]:
     return [name for name in found if not found[name]]
 
 
-def compile_objective(objective: nn.Module) -> None:
-    """Its forward and backward become generated code, at the first call."""
+def compile_player(player: Player) -> None:
+    """Its objective, forward and backward, and its power iteration become generated code, at their first call."""
     import torch._dynamo  # slow, and seldom needed
     import torch._functorch.config
 
@@ -65,7 +64,8 @@ def compile_objective(objective: nn.Module) -> None:
     torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
     # DDP would have the graph cut at the bounds of its buckets, and a cut through a penalty's derivative cannot be compiled.
     torch._dynamo.config.optimize_ddp = False
-    objective.compile()
+    player.objective.compile()
+    player.power_iteration.compile()
 
 
 def keep_compiled(folder: Path, world: World) -> None:
