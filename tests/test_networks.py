@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.autograd.graph import saved_tensors_hooks
 
 from gandist.config import Config, DataConfig, EmaConfig, LossConfig, ModelConfig
 from gandist.distributed import join_world
@@ -69,6 +70,29 @@ def test_synchronized_batch_norm_is_batch_norm_over_all_ranks(world_size: int) -
             torch.testing.assert_close(parts[name], value.detach()[rank::world_size], rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(parts["running_mean"], norm.running_mean, rtol=1e-12, atol=0)
         torch.testing.assert_close(parts["running_var"], norm.running_var, rtol=1e-12, atol=0)
+
+
+def _kept_for_backward() -> float:
+    """Bytes that batch norm over two ranks keeps of a bfloat16 feature map, for each byte of it."""
+    with join_world():
+        x = torch.randn(4, 8, 16, 16).bfloat16().requires_grad_()
+        kept = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = SyncBatchNorm(8)(x)
+        assert output.dtype == x.dtype
+        return sum(kept.values()) / x.nbytes
+
+
+def test_synchronized_batch_norm_keeps_its_input_as_it_came() -> None:
+    """Statistics and weights beside it, but no copy in float32."""
+    for factor in run_ranks(2, _kept_for_backward):
+        assert 1 <= factor < 1.1
 
 
 def test_conditional_batch_norm() -> None:
