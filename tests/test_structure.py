@@ -32,6 +32,7 @@ ROWS = [
     "gandist.data.shards",
     "gandist.data.prefetch",
     "gandist.data.loader",
+    "gandist.data.ahead",
     "gandist.data.memory",
     "gandist.data.labels",
     "gandist.data.device",
