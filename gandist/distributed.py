@@ -160,6 +160,9 @@ def _choose_device(launch: Launch) -> tuple[torch.device, str]:
     if local_rank >= gpus:
         problem = f"process {local_rank} of {socket.gethostname()} finds {gpus} GPU(s)"
         raise ConfigError(f"{problem}: start one process a GPU", on_every_rank=False)
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Steps with and without penalties take turns, and their sizes would fragment fixed segments. Read when CUDA starts.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device, "cpu:gloo,cuda:nccl"

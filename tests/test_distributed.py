@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from gandist.distributed import run
+from gandist.distributed import _choose_device, run
 from gandist.errors import ConfigError
 from gandist.launcher import Launch, read_address, read_launch
 from gandist.rendezvous import _Round, meet
@@ -118,6 +119,26 @@ def test_an_environment_that_makes_no_sense(monkeypatch, capsys, changes: dict[s
     with pytest.raises(SystemExit):
         run(read_launch)
     assert capsys.readouterr().err.startswith(f"error: in the environment, {problem}: start the ranks with torchrun")
+
+
+@pytest.mark.parametrize("chosen", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocator_of_a_gpu_expands_its_segments(monkeypatch, chosen: str | None) -> None:
+    """Before CUDA starts, and unless the user has said something else by either name."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "backend:native")
+        if name != chosen:
+            monkeypatch.delenv(name)
+    settings = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: settings.append(dict(os.environ)))
+    assert _choose_device(ALONE) == (torch.device("cuda", 0), "cpu:gloo,cuda:nccl")
+    (environment,) = settings
+    if chosen:
+        assert environment[chosen] == "backend:native"
+        assert len({"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environment.keys()) == 1
+    else:
+        assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
 
 
 def test_only_one_module_reads_launchers() -> None:
