@@ -159,7 +159,8 @@ class _NormalizeOverRanks(torch.autograd.Function):
         var = mean_square - mean.square()
         scale = weight * torch.rsqrt(var + eps)
         output = torch.addcmul(_along(input, bias - mean * scale), input, _along(input, scale))
-        return output.to(input.dtype), mean, var
+        # A copy in any case: torch 2.11, compiled, loses the gradient of an output that `.to` hands on as it is.
+        return output.to(input.dtype, copy=True), mean, var
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, outputs: tuple[torch.Tensor, ...]) -> None:
