@@ -70,7 +70,7 @@ def test_the_loader_gives_the_same_global_batches(tmp_path: Path, world: World, 
     lanes=st.integers(1, 4),
     start=st.integers(0, 300),
 )
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_read_is_what_was_ordered(tmp_path_factory, world, sizes, batch, world_size, block, lanes, start) -> None:
     folder = tmp_path_factory.mktemp("any")
     write_shards(folder / "a", sizes)

@@ -146,6 +146,13 @@ def test_imports_point_upwards(module: str) -> None:
         assert ROWS.index(imported) < ROWS.index(module), f"{module} imports {imported}, which is below it"
 
 
+def test_every_module_is_imported_without_a_word(monkeypatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # else DeepSpeed tells what it has found
+    imports = "; ".join(f"import {module}" for module in ROWS)
+    result = run_command(sys.executable, "-c", imports)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
 def _imports(path: Path) -> set[str]:
     """The gandist modules a file imports, at its top or inside functions."""
     found = set()
