@@ -15,10 +15,13 @@ settings.register_profile("suite", deadline=None)  # other processes take time, 
 settings.load_profile("suite")
 
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]  # which tests/test_gpu.py runs, on a null GPU
-LONGEST = (
-    "test_gpu test_slurm test_promises test_launch test_features test_engines test_tracking test_evaluation "
-    "test_commands test_survival test_pack test_objectives test_use"
-).split()
+LONGEST = [
+    f"test_{name}"
+    for name in (
+        *("gpu", "slurm", "promises", "launch", "features", "engines", "tracking", "evaluation", "commands", "survival"),
+        *("pack", "objectives", "use"),
+    )
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
