@@ -25,6 +25,7 @@ from gandist.objective import DiscriminatorObjective, GeneratorObjective
 from gandist.trainer import Trainer
 
 BUCKET = 25 * 2**20  # bytes, DDP's
+EAGER_BACKWARD = 0.6  # share of an eager step in which gradients come one by one
 GPUS = (8, 16, 64, 256, 1024, 4096)
 
 
@@ -33,7 +34,7 @@ class Cluster:
     """tflops:   that a GPU achieves
     nvlink:   bytes a second of a GPU within its node; network: to other nodes; latency: s of a message
     node:     GPUs of one
-    backward: share of the compute behind which gradients are exchanged
+    backward: share of the compute behind which gradients are exchanged; compiled, 0: all of them come when it is over
     """
 
     tflops: float = 400.0
@@ -41,7 +42,7 @@ class Cluster:
     network: float = 50e9
     latency: float = 5e-6
     node: int = 8
-    backward: float = 0.6
+    backward: float = 0.0
 
     def exchange(self, size: float, gpus: int) -> float:
         """Seconds of an all-reduce of `size` bytes: rings within the nodes, and across them, where each GPU has its part."""
@@ -50,7 +51,7 @@ class Cluster:
         return volume + 2 * math.log2(gpus) * self.latency
 
     def exposed(self, size: float, compute: float, gpus: int) -> float:
-        """Seconds of it that a backward pass does not hide: the last bucket at least, which nothing is computed behind."""
+        """Seconds of the exchange that a backward pass does not hide: at least the last bucket's, after all the compute."""
         whole = math.ceil(size / BUCKET) * self.exchange(min(size, BUCKET), gpus)
         return max(whole - self.backward * compute, self.exchange(min(size, BUCKET), gpus))
 
@@ -58,7 +59,8 @@ class Cluster:
 def predict(options: argparse.Namespace) -> None:
     """Weak scaling, with as many images for each GPU; and strong scaling, of the configuration's own batch."""
     config = load_config(options.config, options.overrides)
-    cluster = Cluster(tflops=options.tflops, network=options.network * 1e9)
+    compiled = config.train.compile and not config.train.activation_checkpointing
+    cluster = Cluster(tflops=options.tflops, network=options.network * 1e9, backward=0.0 if compiled else EAGER_BACKWARD)
     generator, discriminator = build_generator(config.model, config.data), build_discriminator(config.model, config.data)
     discriminating = DiscriminatorObjective(discriminator, config, nullcontext)
     generating = GeneratorObjective(generator, discriminating, config, nullcontext)
@@ -81,7 +83,9 @@ def predict(options: argparse.Namespace) -> None:
         strong = f"{efficiency(batch_size / gpus, gpus)[-1]:.1%}" if batch_size >= gpus else "-"
         milliseconds = [f"{1000 * seconds:.2f}" for seconds in (compute, gradients, statistics)]
         rows.append([gpus, f"{gpus * options.images:,}", *milliseconds, f"{weak:.1%}", strong])
-    print(f"{options.config}: {flops / 1e9:,.1f} GFLOP for each real image, {sum(sizes) / 1e6:,.0f} MB of gradients; {cluster}")
+    manner = "compiled" if compiled else "eager"
+    counted = f"{flops / 1e9:,.1f} GFLOP for each real image, {sum(sizes) / 1e6:,.0f} MB of gradients"
+    print(f"{options.config}, {manner}: {counted}; {cluster}")
     head = ["GPUs", "batch", "compute, ms", "gradients, ms", "statistics, ms", "weak", f"strong, batch {batch_size}"]
     print(table(head, rows))
 

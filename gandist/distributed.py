@@ -1,6 +1,7 @@
 """Process groups, the device of this rank, agreement between ranks, and the wrapper of every entry point."""
 
 import os
+import re
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -17,8 +18,23 @@ from gandist.errors import ConfigError, GandistError
 from gandist.launcher import Launch, read_launch, report
 from gandist.rendezvous import join_timeout, meet, roll_call
 
-_LOST_PEER = "Connection closed by peer", "Connection reset by peer", "Broken pipe"
-_SILENT_PEER = "Timed out waiting", "Application timeout caused pair closure"
+_set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # its name in older versions
+
+# When an exchange takes too long, NCCL's thread aborts the process, without a word of ours: gloo and the watchdog come first.
+NCCL_LATER = timedelta(seconds=60)
+
+# What gloo, NCCL and the store say, in this order.
+_LOST_PEER = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
+    *("ncclRemoteError", "NCCL communicator was aborted"),
+    *("Connection was likely closed", "Connection closed by remote peer", "Remote peer closed the connection"),
+)
+_SILENT_PEER = (
+    *("Timed out waiting", "Application timeout caused pair closure"),
+    *("Watchdog caught collective operation timeout", "NCCL operation timed out", "NCCL timeout", "Connection timed out"),
+    *("wait timeout after", "Socket Timeout"),
+)
+_NCCL_ON_THIS_NODE = re.compile(r"ncclSystemError.*?Last error:\s*(?P<reason>[^\n]+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -36,6 +52,7 @@ class World:
     device: torch.device
     control: dist.ProcessGroup
     timeout: timedelta  # of the exchanges in any group
+    groups: list[dist.ProcessGroup]  # whose exchanges training waits for
 
     @property
     def is_main(self) -> bool:
@@ -58,6 +75,27 @@ class World:
         total = tensor.detach().cpu().clone()
         dist.all_reduce(total, group=self.control)
         return total
+
+    @contextmanager
+    def patient(self, times: float) -> Iterator[None]:
+        """A block of every rank in which an exchange may take `times` as long as usual; at its end the ranks meet."""
+        self._allow(self.timeout * times)
+        yield
+        self.gather(None)  # else a rank that is quick would give the others too little time in the next exchange
+        self._allow(self.timeout)
+
+    def add_group(self, group: dist.ProcessGroup) -> None:
+        """Takes in a group of all ranks, made by a library, so that its exchanges have the run's timeout too."""
+        self.groups.append(group)
+        self._set_timeout(self.timeout, group)
+
+    def _allow(self, timeout: timedelta) -> None:
+        for group in self.groups:
+            self._set_timeout(timeout, group)
+
+    def _set_timeout(self, timeout: timedelta, group: dist.ProcessGroup) -> None:
+        by_nccl = self.device.type == "cuda" and group is not self.control
+        _set_timeout(timeout + NCCL_LATER if by_nccl else timeout, group)
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -90,15 +128,17 @@ def connect(launch: Launch, device: torch.device, store: dist.Store, timeout_min
     """The process group of the ranks that have met in `store`, each with its device."""
     timeout = timedelta(minutes=timeout_minutes)
     backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+    longest = timeout + NCCL_LATER if device.type == "cuda" else timeout
     rank, size = launch.rank, launch.size
     with roll_call(store, launch, join_timeout()):
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=longest)
         control = dist.new_group(backend="gloo", timeout=timeout)
         present = torch.ones((), device=device)
         dist.all_reduce(present)  # connects NCCL, which otherwise waits for the first gradients
         present.item()
     try:
-        yield World(rank, size, launch.local_rank, launch.local_size, device, control, timeout)
+        groups = [dist.group.WORLD, control]
+        yield World(rank, size, launch.local_rank, launch.local_size, device, control, timeout, groups)
     except BaseException:
         if size == 1:  # else a rank that fails must leave at once: the others may be inside a collective
             dist.destroy_process_group()
@@ -128,6 +168,9 @@ def choose_device(launch: Launch) -> torch.device:
     if local_rank >= gpus:
         problem = f"process {local_rank} of {socket.gethostname()} finds {gpus} GPU(s)"
         raise ConfigError(f"{problem}: start one process a GPU", on_every_rank=False)
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        # Steps with and without penalties take turns, and their sizes would fragment fixed segments. Read when CUDA starts.
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
@@ -152,6 +195,11 @@ def run(main: Callable[[], None]) -> None:
                 _fail("the connection to another rank was lost: it failed first, see its own message")
             if any(sign in str(error) for sign in _SILENT_PEER):
                 _fail("another rank does not answer: it hangs, or its node or the network between is gone; see its log")
+            if found := _NCCL_ON_THIS_NODE.search(str(error)):
+                _fail(
+                    f"NCCL failed on {socket.gethostname()}: {found['reason']}: often /dev/shm is full or too small (docker "
+                    "run --shm-size=8g), or NCCL_SOCKET_IFNAME is wrong; NCCL_DEBUG=INFO tells more"
+                )
             raise
 
     guarded()

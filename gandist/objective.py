@@ -116,6 +116,10 @@ class DiscriminatorObjective(nn.Module):
         """Whether it compares generated images with those of latents nearby."""
         return "near" in self.consistency
 
+    def is_penalized(self, update: int) -> bool:
+        """Whether this update, counted from 0, comes with the gradient penalties."""
+        return bool(self.penalties) and update % self.penalty_every == 0
+
     def near(self, latents: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Latents near these, [B, Z]; noise [B, columns] as in `forward`."""
         return nearby(latents, self.columns.split(noise)["near"], self.latent_noise)
@@ -260,6 +264,7 @@ class GeneratorObjective(nn.Module):
         self.feature_matching_weight = loss.feature_matching_weight
         self.orthogonal_weight = loss.orthogonal_weight
         self.path_length = PathLength() if loss.path_length_weight else None
+        self.path_length_every = loss.path_length_every
         self.path_length_weight = loss.path_length_weight * loss.path_length_every
         self.translates = config.model.translates
         self.reconstruction_weight, self.identity_weight = loss.reconstruction_weight, loss.identity_weight
@@ -280,6 +285,10 @@ class GeneratorObjective(nn.Module):
     def judges_real(self) -> bool:
         """Whether its loss takes what the discriminator says of real images."""
         return self.adversarial.paired or self.feature_matching_weight > 0
+
+    def is_penalized(self, update: int) -> bool:
+        """Whether this update, counted from 0, comes with the path length penalty."""
+        return self.path_length is not None and update % self.path_length_every == 0
 
     def generate(self, latents: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """latents [B, Z], or images [B, C, H, W] that are translated, labels int64 [B] → images [B, C, H, W] in [-1, 1], of the

@@ -3,7 +3,7 @@
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -18,10 +18,12 @@ from gandist.data import DeviceBatch, normalize, open_dataset, upload
 from gandist.distributed import World
 from gandist.ema import ExponentialMovingAverage
 from gandist.engine import (
+    Compilations,
+    Player,
     build_player,
     choose_compile,
     choose_precision,
-    compile_objective,
+    compile_player,
     frozen,
     keep_compiled,
     set_determinism,
@@ -101,18 +103,21 @@ class Trainer:
         generating = GeneratorObjective(generator, discriminating, config, autocast).to(world.device)
         self.flops = count_run(config, discriminating, generating, world.device, self.precision.dtype) if world.is_main else {}
         self.paired, self.translates = generating.adversarial.paired, generating.translates
-        self.generate = generating.generate
-        self.compiled = choose_compile(config.train, world.device)
-        if self.compiled:
-            compile_objective(discriminating)
-            compile_objective(generating)
-            self.generate = torch.compile(self.generate)
 
         # Make them players.
         setting = config, world, self.precision
         optimizer = config.optimizer
         self.discriminator = build_player("discriminator", discriminating, *setting, lr=optimizer.discriminator_lr)
         self.generator = build_player("generator", generating, *setting, lr=optimizer.generator_lr)
+        self.generate = generating.generate
+
+        # Compile their updates, if that is wanted.
+        self.compiled = choose_compile(config.train, world)
+        self.compilations = Compilations(world, self.watchdog)
+        if self.compiled:
+            compile_player(self.discriminator)
+            compile_player(self.generator)
+            self.generate = torch.compile(self.generate)
 
         # Prepare to look at them.
         self.evaluator = Evaluator(config, self.train_set, world)
@@ -192,14 +197,14 @@ class Trainer:
 
     def train_step(self, batches: Iterator[DeviceBatch]) -> None:
         """One iteration of Goodfellow et al. 2014 (1406.2661), algorithm 1: updates of D, one of G, one of the average."""
-        train, loss, count = self.config.train, self.config.loss, self.accumulation
+        train, count = self.config.train, self.accumulation
         seen = torch.full((), self.images, dtype=self.precision.dtype, device=self.world.device)
         for update in range(train.discriminator_updates):
             real, real_labels = self._next_real(batches, update)
-            with record_function("discriminator update"):
+            penalized = self.discriminator.objective.is_penalized(self.step * train.discriminator_updates + update)
+            with record_function("discriminator update"), self._compiling(self.discriminator, penalized):
                 latents, labels = self._wanted(real, real_labels, *self._latents(Purpose.DISCRIMINATOR, update))
                 noise = self._noise(Purpose.DISCRIMINATOR_NOISE, update, self.discriminator.objective.columns)
-                penalized = (self.step * train.discriminator_updates + update) % loss.penalty_every == 0
                 drawn = real, real_labels, latents, labels, noise
                 micro_batches = zip(*(each.chunk(count) for each in drawn), strict=True)
                 inputs = ((x, y, *self._fakes(z, c, u), seen, penalized) for x, y, z, c, u in micro_batches)
@@ -211,8 +216,9 @@ class Trainer:
         if self.generator.objective.wants_real:
             real, real_labels = self._next_real(batches, train.discriminator_updates)
             drawn = *self._wanted(real, real_labels, latents, labels), noise, real, real_labels
-        penalized = self.step % loss.path_length_every == 0
-        with record_function("generator update"), frozen(self.discriminator.network):
+        penalized = self.generator.objective.is_penalized(self.step)
+        compiling = self._compiling(self.generator, penalized)
+        with record_function("generator update"), compiling, frozen(self.discriminator.network):
             micro_batches = zip(*(each.chunk(count) for each in drawn), strict=True)
             inputs = ((z, c, u, seen, penalized, *real) for z, c, u, *real in micro_batches)
             self.meter.update(self.generator.update(inputs, count, self.step + 1, self.images))
@@ -320,6 +326,11 @@ class Trainer:
         if self.config.augmentation.xflip:
             images = flip(images, self._noise(Purpose.FLIPS, update, Columns(xflip=1))[:, 0])
         return images, labels
+
+    def _compiling(self, player: Player, penalized: bool) -> AbstractContextManager:
+        """Around an update. With and without penalties it is different code, compiled when first run."""
+        kind = "penalized update" if penalized else "update"
+        return self.compilations.of(f"{player.name}'s {kind}") if self.compiled else nullcontext()
 
     def _latents(self, purpose: Purpose, update: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
         latents, labels = self.randomness.draw(purpose, self.step, update)

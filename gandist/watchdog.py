@@ -22,17 +22,17 @@ class Watchdog:
 
     def __init__(self, seconds: float):
         self.seconds = seconds
-        self._doing = "starting"
-        self._since = time.monotonic()
+        self.doing("starting")
 
-    def doing(self, what: str) -> None:
-        """Progress: what the rank does now, as in 'waiting for data'."""
-        self._doing, self._since = what, time.monotonic()
+    def doing(self, what: str, *, patience: float = 1.0) -> None:
+        """Progress: what the rank does now, as in 'waiting for data'. It may take `patience` times as long as usual."""
+        allowed = self.seconds * patience
+        self._now = what, allowed, time.monotonic() + allowed
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         over = threading.Event()
-        self.doing(self._doing)
+        self.doing("starting")
         thread = threading.Thread(target=self._watch, args=(over,), name="watchdog", daemon=True)
         thread.start()
         try:
@@ -43,9 +43,10 @@ class Watchdog:
 
     def _watch(self, over: threading.Event) -> None:
         while not over.wait(min(1.0, self.seconds / 10)):
-            if time.monotonic() - self._since > self.seconds:
+            what, allowed, deadline = self._now
+            if time.monotonic() > deadline:
                 report(
-                    f"no progress for {self.seconds:g} s, {self._doing}: the stacks of this rank follow, the other ranks tell "
+                    f"no progress for {allowed:g} s, {what}: the stacks of this rank follow, the other ranks tell "
                     "what they wait for; train.timeout_minutes allows more time"
                 )
                 faulthandler.dump_traceback(file=sys.stderr, all_threads=True)

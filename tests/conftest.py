@@ -4,19 +4,29 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from torch._subclasses import FakeTensorMode
 
 from gandist.data.pack import pack_digits
 from gandist.distributed import World, join_world
 from gandist.models import spectral_norm
 
+settings.register_profile("suite", deadline=None)  # other processes take time, too
+settings.load_profile("suite")
+
 collect_ignore = [] if torch.cuda.is_available() else ["gpu"]  # which tests/test_gpu.py runs, on a null GPU
-LONGEST = ("test_promises", "test_slurm", "test_survival", "test_tracking", "test_commands", "test_families")  # to run
+LONGEST = [
+    f"test_{name}"
+    for name in (
+        *("gpu", "slurm", "promises", "launch", "features", "engines", "tracking", "evaluation", "commands", "survival"),
+        *("pack", "objectives", "use"),
+    )
+]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that no process is left alone with one of them at the end."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    """The files that take longest first, so that no process is left alone with one of them at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -85,7 +85,6 @@ class Cluster:
         path = f"{Path(sys.executable).parent}:{outside.get('PATH', '')}"
         activated = {"VIRTUAL_ENV": sys.prefix, "PATH": path}  # the environment of Python that these tests run in
         self._environment = outside | activated | {"SLURM_CONF": str(folder / "slurm.conf")}
-        self._environment.pop("PYTHONDONTWRITEBYTECODE", None)  # else every process compiles all modules
         self._daemons: dict[str, subprocess.Popen] = {}
 
     def start(self) -> None:

@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from gandist.distributed import run
+from gandist.distributed import _choose_device, run
 from gandist.errors import ConfigError
 from gandist.launcher import Launch, read_address, read_launch
 from gandist.rendezvous import _Round, meet
@@ -118,6 +119,26 @@ def test_an_environment_that_makes_no_sense(monkeypatch, capsys, changes: dict[s
     with pytest.raises(SystemExit):
         run(read_launch)
     assert capsys.readouterr().err.startswith(f"error: in the environment, {problem}: start the ranks with torchrun")
+
+
+@pytest.mark.parametrize("chosen", [None, "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_allocator_of_a_gpu_expands_its_segments(monkeypatch, chosen: str | None) -> None:
+    """Before CUDA starts, and unless the user has said something else by either name."""
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "backend:native")
+        if name != chosen:
+            monkeypatch.delenv(name)
+    settings = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: settings.append(dict(os.environ)))
+    assert _choose_device(ALONE) == (torch.device("cuda", 0), "cpu:gloo,cuda:nccl")
+    (environment,) = settings
+    if chosen:
+        assert environment[chosen] == "backend:native"
+        assert len({"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & environment.keys()) == 1
+    else:
+        assert environment["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
 
 
 def test_only_one_module_reads_launchers() -> None:
@@ -237,3 +258,44 @@ def test_rounds(monkeypatch) -> None:
     stores[0].set("address 0", "new")
     assert [each.get("address 0") for each in stores] == [b"new"] * 3
     assert not stores[1].check(["address 1"]), "the dead rank's address is out of sight"
+
+
+IN_NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, "
+REMOTE = "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely."
+SYSTEM = "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error. \nLast error:\n"
+STOPPED_RANKS = [  # as torch 2.15 has it
+    (dist.DistBackendError, f"{IN_NCCL}remote process exited or there was a network error\n{REMOTE}", "was lost"),
+    (dist.DistBackendError, f"{IN_NCCL}unhandled system error\n{SYSTEM}recv failed : Connection reset by peer", "was lost"),
+    (dist.DistBackendError, "NCCL communicator was aborted on rank 1. ", "was lost"),
+    (
+        dist.DistNetworkError,
+        "recvValue failed on SocketImpl(fd=3): Failed to recv, got 0 bytes. Connection was likely closed. Did the remote "
+        "server shutdown or crash?",
+        "was lost",
+    ),
+    (
+        dist.DistBackendError,
+        "[Rank 0] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7, OpType=ALLREDUCE) ran for 600000 "
+        "milliseconds before timing out.",
+        "does not answer",
+    ),
+    (dist.DistStoreError, "wait timeout after 600000ms, keys: /default_pg/0//cuda//0/1", "does not answer"),
+    (dist.DistNetworkError, "Socket Timeout", "does not answer"),
+    (
+        dist.DistBackendError,
+        f"{IN_NCCL}unhandled system error\n{SYSTEM}Error while creating shared memory segment /dev/shm/nccl-x (size 9637888)",
+        r"NCCL failed on .*: Error while creating shared memory segment /dev/shm/nccl-x \(size 9637888\): often /dev/shm is",
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "said", "expected"), STOPPED_RANKS)
+def test_what_nccl_says_of_other_ranks_is_understood(capsys, kind: type, said: str, expected: str) -> None:
+    def fail() -> None:
+        raise kind(said)
+
+    with pytest.raises(SystemExit):
+        run(fail)
+    error = capsys.readouterr().err
+    assert re.match(f"error: .*{expected}", error), error
+    assert error.count("\n") == 1

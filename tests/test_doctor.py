@@ -16,12 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from gandist.config import Config, TrainConfig
+from gandist.config import Config
 from gandist.doctor import gpu, node
 from gandist.doctor.__main__ import OF_EVERY_NODE, OF_EVERY_RANK, OF_RANK_0, main, usable_device
 from gandist.doctor.exchange import Seen, sharing_gpus
 from gandist.doctor.finding import ERROR, OK, WARNING, Finding, Place, differing, examine
-from gandist.engine import choose_compile, missing_for_compiling
 from gandist.errors import GandistError
 from gandist.launcher import Launch
 from tests.ranks import ROOT, launch, run_command, run_ranks
@@ -156,24 +155,23 @@ def test_little_shared_memory(folders) -> None:
     assert re.match(r"warning /dev/shm is smaller than the .*: in a container, docker run", lines(result.stdout)["shm"][0])
 
 
-@pytest.mark.parametrize("variables", [{"PATH": ""}, {"CC": "no-such-compiler"}], ids=str)
+@pytest.mark.parametrize("variables", [{"PATH": ""}, {"CXX": "no-such-compiler"}], ids=str)
 def test_no_compiler(folders, monkeypatch, variables: dict[str, str]) -> None:
-    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     (line,) = lines(doctor(*folders).stdout)["compiler"]
-    assert line.startswith("warning a C compiler not found: install gcc and python3.")
+    assert line.startswith("warning no C++ compiler: install g++, or load modules")
     result = doctor(*folders, "train.compile=true")
     assert result.returncode == 1
-    assert lines(result.stdout)["compiler"][0].startswith("error a C compiler not found: ")
+    assert lines(result.stdout)["compiler"][0].startswith("error no C++ compiler: ")
 
 
 def test_no_python_h(monkeypatch, tmp_path: Path) -> None:
-    assert choose_compile(TrainConfig(), GPU)
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    assert missing_for_compiling() == ["Python.h"]
-    assert not choose_compile(TrainConfig(), GPU)
-    assert node.check_compiling(Place(Config(), ALONE)).text == "Python.h not found"
+    monkeypatch.setattr(sysconfig, "get_path", lambda *names: str(tmp_path))
+    found = node.check_compiling(Place(Config(), ALONE))
+    assert found.text == "no Python.h"
+    assert found.advice.startswith("install python3-dev")
 
 
 def test_optional_packages_are_missing(folders) -> None:

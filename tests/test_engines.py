@@ -21,7 +21,7 @@ from gandist.models import build_discriminator
 from gandist.objective import DiscriminatorObjective
 from gandist.train import train
 from tests.games import discriminator_inputs
-from tests.ranks import launch, run_ranks
+from tests.ranks import launch, run_command, run_ranks
 from tests.test_player import HostWaits
 from tests.test_promises import final_state, flatten, rows
 
@@ -256,3 +256,13 @@ def _loaded() -> bool:
 
 def test_ddp_does_not_load_deepspeed() -> None:
     assert run_ranks(1, _loaded) == [False]
+
+
+def test_training_loads_only_what_it_takes(tmp_path: Path, cache_dir: Path) -> None:
+    """Libraries of evaluation and of packing wait until something is evaluated or packed."""
+    arguments = [f"run_dir={tmp_path}", f"data.cache_dir={cache_dir}", *TINY, "train.kimg=0.03"]
+    code = f"import sys, gandist.train; gandist.train.main({arguments}); print('loaded:', *sys.modules)"
+    result = run_command(sys.executable, "-c", code)
+    loaded = set(result.stdout.partition("loaded:")[2].split())
+    assert "webdataset" in loaded, result.stderr
+    assert not loaded & {"torch_fidelity", "torchmetrics", "sklearn", "scipy", "timm", "deepspeed", "wandb", "plotly"}

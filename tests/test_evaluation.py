@@ -90,7 +90,7 @@ samples_of = st.tuples(st.integers(0, 10**6), st.sampled_from([3, 20, 60]), st.s
 
 
 @given(samples_of)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_frechet_agrees_with_others(samples: tuple[int, int, float]) -> None:
     """Also where the covariance is singular: fewer samples than dimensions."""
     a, b = pair(*samples)
@@ -120,7 +120,7 @@ def test_frechet_agrees_with_torchmetrics() -> None:
 
 
 @given(samples_of, st.integers(0, 100))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_frechet_is_a_distance(samples: tuple[int, int, float], seed: int) -> None:
     a, b = pair(*samples)
     scale = samples[2]

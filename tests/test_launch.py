@@ -21,14 +21,11 @@ ONE_NODE = {"NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    """That of a user, in which Python keeps compiled modules; else every one of the processes below compiles all of them."""
+def environment() -> dict[str, str]:
+    """That of a user who has activated the environment of Python that these tests run in."""
     environment = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "DS_ACCELERATOR")}
-    if environment.pop("PYTHONDONTWRITEBYTECODE", None):
-        environment["PYTHONPYCACHEPREFIX"] = str(tmp_path_factory.mktemp("compiled"))
-        imports = "import gandist.train, deepspeed.launcher.runner, torch.distributed.run"
-        subprocess.run([sys.executable, "-c", imports], cwd=ROOT, env=environment, capture_output=True, check=True)
-    return environment
+    path = f"{Path(sys.executable).parent}:{environment.get('PATH', '')}"
+    return environment | {"VIRTUAL_ENV": sys.prefix, "PATH": path}
 
 
 @pytest.fixture(scope="module")

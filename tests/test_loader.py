@@ -1,9 +1,15 @@
 """Batches: the same whatever the ranks, workers and storage; pixels as every decoder has them; bad images named or skipped."""
 
 import io
+import threading
+import time
 from collections import Counter
-from itertools import islice
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from itertools import count, islice
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -15,6 +21,7 @@ from torchvision.io import ImageReadMode, decode_image
 
 from gandist.config import DataConfig
 from gandist.data import Dataset, decode, open_dataset
+from gandist.data.ahead import ahead
 from gandist.data.decode import ImageError, ImageFormat, decode_into, fit
 from gandist.data.loader import EvaluationBatches, ShardReader, TrainingBatches, load_batches
 from gandist.data.order import SampleOrder
@@ -63,7 +70,7 @@ def test_the_loader_gives_the_same_global_batches(tmp_path: Path, world: World, 
     lanes=st.integers(1, 4),
     start=st.integers(0, 300),
 )
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_read_is_what_was_ordered(tmp_path_factory, world, sizes, batch, world_size, block, lanes, start) -> None:
     folder = tmp_path_factory.mktemp("any")
     write_shards(folder / "a", sizes)
@@ -259,3 +266,69 @@ def test_shards_that_are_sorted_by_class_are_warned_of(tmp_path, world, capsys, 
 
 def _sample(number: int, bad: bool) -> list[tuple[str, bytes]]:
     return [("png", b"junk" if bad else png(4, number)), ("cls", str(number % 10).encode())]
+
+
+def test_a_thread_makes_two_batches_ahead_and_ends_with_its_reader() -> None:
+    threads = set()
+    made = []
+
+    def numbers() -> Iterator[int]:
+        for number in count():
+            threads.add(threading.current_thread().name)
+            made.append(number)
+            yield number
+
+    batches = ahead(numbers(), 2, begin=lambda: made.append("begun"))
+    for number in range(5):
+        assert next(batches) == number
+        wait_until(lambda: len(made) == number + 4)  # noqa: B023
+        time.sleep(0.02)
+        assert made == ["begun", *range(number + 3)], "two beside the one that is used"
+    batches.close()
+    assert threads == {"batches"}
+    assert "batches" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_what_a_thread_meets_is_raised_in_its_turn() -> None:
+    def broken() -> Iterator[int]:
+        yield 1
+        raise DataError("shard-0: sample 7 is damaged")
+
+    batches = ahead(broken(), 2, begin=lambda: None)
+    assert next(batches) == 1
+    with pytest.raises(DataError, match="sample 7 is damaged"):
+        next(batches)
+    assert list(ahead(iter("abc"), 2, begin=lambda: None)) == list("abc")
+    assert "batches" not in {thread.name for thread in threading.enumerate()}
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_for_a_gpu_a_thread_gathers_and_pins_images_and_labels(tmp_path: Path, world: World) -> None:
+    """Where the set is in memory. A stand-in for pinning tells what was pinned, and that the main loop did not."""
+    write_shards(tmp_path / "a", [8])
+    pinned = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append((tensor.dtype, threading.current_thread() is threading.main_thread()))
+        return tensor.clone()
+
+    config = DataConfig(train=str(tmp_path / "a"), cache_dir=tmp_path / "cache", resolution=4, channels=1)
+    dataset = open_dataset(config.train, config, replace(world, device=torch.device("cuda", 0)))
+    with (
+        patch.object(torch.Tensor, "pin_memory", pin),
+        patch.object(torch.accelerator, "is_available", return_value=True),
+        patch.object(torch.accelerator, "current_accelerator", return_value=torch.device("cuda")),
+        patch.object(torch.accelerator, "current_device_index", return_value=0),
+        patch.object(torch.cuda, "set_device"),
+        patch("gandist.data.on_device", lambda batches, device: batches),
+        closing(dataset.training_batches(seed=0, batch_size=4, start=0)) as batches,
+    ):
+        batch = next(batches)
+    assert batch.labels.dtype == torch.int64
+    assert {(torch.uint8, False), (torch.int64, False)} == set(pinned)

@@ -1,12 +1,15 @@
 """Networks, losses, penalties, averages and draws, each against an independent reference."""
 
 import copy
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._dynamo.utils import counters
+from torch.autograd.graph import saved_tensors_hooks
 
 from gandist.config import Config, DataConfig, EmaConfig, LossConfig, ModelConfig
 from gandist.distributed import join_world
@@ -15,7 +18,7 @@ from gandist.engine import choose_precision
 from gandist.losses import ADVERSARIAL_LOSSES
 from gandist.models import build_discriminator, build_generator
 from gandist.models.layers import ConditionalBatchNorm, SyncBatchNorm
-from gandist.models.spectral_norm import power_iteration, spectral_norm
+from gandist.models.spectral_norm import PowerIteration, power_iteration, spectral_norm
 from gandist.objective import DiscriminatorObjective, GeneratorObjective
 from gandist.penalties import gradient_of, zero_centered
 from gandist.randomness import Purpose, StepRandomness
@@ -69,6 +72,29 @@ def test_synchronized_batch_norm_is_batch_norm_over_all_ranks(world_size: int) -
         torch.testing.assert_close(parts["running_var"], norm.running_var, rtol=1e-12, atol=0)
 
 
+def _kept_for_backward() -> float:
+    """Bytes that batch norm over two ranks keeps of a bfloat16 feature map, for each byte of it."""
+    with join_world():
+        x = torch.randn(4, 8, 16, 16).bfloat16().requires_grad_()
+        kept = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            output = SyncBatchNorm(8)(x)
+        assert output.dtype == x.dtype
+        return sum(kept.values()) / x.nbytes
+
+
+def test_synchronized_batch_norm_keeps_its_input_as_it_came() -> None:
+    """Statistics and weights beside it, but no copy in float32."""
+    for factor in run_ranks(2, _kept_for_backward):
+        assert 1 <= factor < 1.1
+
+
 def test_conditional_batch_norm() -> None:
     layer = ConditionalBatchNorm(3, 4).double()
     nn.init.normal_(layer.gain.weight)
@@ -111,6 +137,28 @@ def test_spectral_norm_is_torchs(layer: nn.Module) -> None:
     for _ in range(300):
         power_iteration(mine)
     torch.testing.assert_close(torch.linalg.matrix_norm(mine.weight.flatten(1), 2), torch.tensor(1.0, dtype=torch.float64))
+
+
+def test_power_iteration_is_one_graph_of_each_network() -> None:
+    """Compiled without a break, once, to the values of the eager one; the norms are looked for once."""
+    torch._dynamo.reset()
+    counters.clear()
+    for width in (3, 5):
+        eager = nn.Sequential(spectral_norm(nn.Conv2d(3, width, 3)), nn.ReLU(), spectral_norm(nn.Linear(7, width))).double()
+        compiled = copy.deepcopy(eager)
+        iterations = [PowerIteration(network) for network in (eager, compiled)]
+        iterations[1].compile()
+        for _ in range(3):
+            before = eager.state_dict()["0.parametrizations.weight.0.u"].clone()
+            for network in (eager, compiled):
+                network[0].parametrizations.weight.original.detach().mul_(1.1).add_(0.01)
+            iterations[1]()
+            with patch.object(nn.Module, "modules", side_effect=AssertionError("a walk")):
+                iterations[0]()
+            torch.testing.assert_close(compiled.state_dict(), eager.state_dict(), rtol=1e-12, atol=1e-12)
+            assert not torch.equal(eager.state_dict()["0.parametrizations.weight.0.u"], before)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
 
 
 def test_adversarial_losses_are_their_formulas() -> None:

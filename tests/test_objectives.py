@@ -10,7 +10,7 @@ from torch import nn
 
 from gandist.config import Config, DataConfig, LossConfig, ModelConfig
 from gandist.distributed import World, join_world
-from gandist.engine import build_player, choose_precision, compile_objective
+from gandist.engine import build_player, choose_precision, compile_player
 from gandist.errors import ConfigError
 from gandist.models import Discriminator, build_discriminator, build_generator, recompute_activations
 from gandist.models.layers import SyncBatchNorm
@@ -88,10 +88,10 @@ def ddp_gradients(case: Case, world: World) -> Gradients:
         recompute_activations(network)
     config = Config(loss=loss, classification={"weight": CLASS_WEIGHT})
     objective = DiscriminatorObjective(network, config, precision.autocast)
+    player = build_player("discriminator", objective, config, world, precision, lr=1e-3)
     if case.compiled:
         torch._dynamo.reset()
-        compile_objective(objective)
-    player = build_player("discriminator", objective, config, world, precision, lr=1e-3)
+        compile_player(player)
     inputs = [each[world.rank :: world.size] for each in batch(precision.dtype)]
     for number, micro_batch in enumerate(zip(*(each.chunk(case.accumulation) for each in inputs), strict=True), start=1):
         *images, mixing = micro_batch

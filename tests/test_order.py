@@ -24,7 +24,7 @@ SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=9)
     lanes=st.integers(1, 9),
     seed=st.integers(0, 2**40),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_each_sample_once_an_epoch_at_any_world_size(sizes, batch, world, block, lanes, seed) -> None:
     total, epochs, batch_size = sum(sizes), 3, batch * world
     order = SampleOrder(sizes, seed=seed, shuffle_block=block, lanes=lanes)
@@ -42,7 +42,7 @@ def test_each_sample_once_an_epoch_at_any_world_size(sizes, batch, world, block,
 
 
 @given(sizes=SIZES, start=st.integers(0, 10**12), count=st.integers(1, 100), block=st.integers(0, 4), lanes=st.integers(1, 5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_seeking_gives_what_reading_on_would(sizes, start, count, block, lanes) -> None:
     def order() -> SampleOrder:
         return SampleOrder(sizes, seed=1, shuffle_block=block, lanes=lanes)
@@ -69,7 +69,7 @@ def test_shuffle_blocks_read_few_shards_at_a_time() -> None:
     start=st.integers(0, 500),
     epoch=st.integers(0, 3),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_with_lanes_a_rank_reads_the_shards_it_announces(sizes, block, world, multiple, start, epoch) -> None:
     lanes = world * multiple
     order = SampleOrder(sizes, seed=7, shuffle_block=block, lanes=lanes)

@@ -7,6 +7,7 @@ from unittest.mock import Mock, patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -135,13 +136,13 @@ def test_float16_finds_its_loss_scale_and_keeps_it(world: World) -> None:
 def test_the_whole_state_is_on_the_device(world: World, engine: dict) -> None:
     """With tensors that have no values: a GPU need not be there."""
     device = torch.device("cuda", 0)
-    deepspeed = Mock(initialize=Mock(return_value=(None,)))
+    deepspeed = Mock(initialize=Mock(return_value=[Mock(data_parallel_group=dist.group.WORLD)]))
     with (
         FakeTensorMode(),
         patch("gandist.engine.ddp.DistributedDataParallel"),
         patch("gandist.engine.zero._import_deepspeed", return_value=deepspeed),
     ):
-        state = player_of(replace(world, device=device), "float32", **engine).state_dict()
+        state = player_of(replace(world, device=device, groups=[]), "float32", **engine).state_dict()
     tensors = checkpoint.flatten(state)
     assert len(tensors) == 2 + 2 * 3 + 1, "weights, Adam's state and the loss scale"
     assert {tensor.device for tensor in tensors.values()} == {device}

@@ -108,6 +108,8 @@ import time
 from gandist.watchdog import Watchdog
 watchdog = Watchdog(1.0)
 with watchdog.watching():
+    watchdog.doing("compiling", patience=3)
+    time.sleep(2)
     for _ in range(15):
         watchdog.doing("waiting for data after step 7")
         time.sleep(0.1)
@@ -118,7 +120,7 @@ with watchdog.watching():
     assert result.returncode == 1
     assert result.stdout == "alive\n"
     assert result.stderr.startswith("error: no progress for 1 s, waiting for data after step 7: the stacks of this rank follow")
-    assert 'File "<string>", line 10 in <module>' in result.stderr
+    assert 'File "<string>", line 12 in <module>' in result.stderr
 
 
 @pytest.fixture

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 import torch
 
 from gandist.config import BUILT_IN, DataConfig, ShardSpec
+from gandist.data.ahead import ahead
 from gandist.data.cache import ShardCache
 from gandist.data.decode import ImageFormat
 from gandist.data.device import DeviceBatch, normalize, on_device, to_uint8, upload
@@ -34,6 +36,7 @@ from gandist.resolution import as_option
 
 __all__ = ["Batch", "Dataset", "DeviceBatch", "normalize", "open_dataset", "to_uint8", "upload"]
 
+AHEAD = 2  # batches gathered and pinned before they are wanted
 SORTED_BY_CLASS = 0.5  # a class mixing below this
 
 
@@ -128,9 +131,12 @@ class Dataset:
         return self.shards.name(sample)
 
     def _batches(self, batches: Batches, read: Reader | None = None) -> Iterator[DeviceBatch]:
-        device = self._world.device
-        options = {"num_workers": self._num_workers, "pin_memory": device.type == "cuda"}
-        return on_device(load_batches(read or self._read, batches, self.shards, **options), device)
+        device, on_gpu = self._world.device, self._world.device.type == "cuda"
+        options = {"num_workers": self._num_workers, "pin_memory": on_gpu}
+        loaded = load_batches(read or self._read, batches, self.shards, **options)
+        if on_gpu and isinstance(self._read, DecodedImages):  # else workers gather, and DataLoader's thread pins
+            loaded = ahead(loaded, AHEAD, begin=partial(torch.cuda.set_device, device))
+        return on_device(loaded, device)
 
 
 def open_dataset(spec: ShardSpec, config: DataConfig, world: World, *, split: str = "train") -> Dataset:

@@ -34,6 +34,18 @@ class Batch(NamedTuple):
     skipped: dict[int, str]
 
 
+class _Passed(NamedTuple):
+    """A batch as workers pass it: as a tensor the labels, too, would take a file descriptor, which is slow to hand over."""
+
+    images: torch.Tensor
+    labels: np.ndarray
+    skipped: dict[int, str]
+
+    def pin_memory(self) -> Batch:
+        """As DataLoader calls it: copies in page-locked memory."""
+        return Batch(self.images.pin_memory(), torch.from_numpy(self.labels).pin_memory(), self.skipped)
+
+
 Reader = Callable[[Sequence[int]], Batch]  # sample ids [B] → Batch
 
 
@@ -237,18 +249,20 @@ def load_batches(
         # Workers pass errors as values: an exception would arrive with its text buried in the worker's traceback.
         if isinstance(batch, DataError):
             raise batch
-        images, labels, skipped = batch
-        # Pinning has copied them already; otherwise the worker will overwrite them.
-        yield Batch(images.clone() if num_workers and not pin_memory else images, torch.from_numpy(labels), skipped)
+        if isinstance(batch, Batch):
+            yield batch  # pinned: a copy
+        else:
+            images, labels, skipped = batch
+            # A worker will overwrite its images.
+            yield Batch(images.clone() if num_workers else images, torch.from_numpy(labels), skipped)
 
 
-def _read(samples: np.ndarray | DataError, reader: Reader) -> tuple[torch.Tensor, np.ndarray, dict[int, str]] | DataError:
-    """A batch as workers pass it: as a tensor the labels, too, would take a file descriptor, which is slow to hand over."""
+def _read(samples: np.ndarray | DataError, reader: Reader) -> _Passed | DataError:
     if isinstance(samples, DataError):
         return samples
     try:
         images, labels, skipped = reader(samples)
-        return images, labels.numpy(), skipped
+        return _Passed(images, labels.numpy(), skipped)
     except DataError as error:
         return error
 

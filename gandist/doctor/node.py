@@ -15,7 +15,8 @@ import torch
 from packaging.requirements import Requirement
 
 from gandist.doctor.finding import ERROR, OK, WARNING, Finding, Place
-from gandist.engine import missing_for_compiling
+from gandist.engine.compilation import PACKAGES as PACKAGES_TO_COMPILE
+from gandist.engine.compilation import missing_to_compile
 from gandist.environment import PACKAGES
 from gandist.network import is_reachable
 
@@ -56,12 +57,12 @@ def check_packages(place: Place) -> Finding:
 
 
 def check_compiling(place: Place) -> Finding:
-    if missing := missing_for_compiling():
+    if missing := missing_to_compile(torch.cuda.is_available()):
         status = ERROR if place.config.train.compile is True else WARNING
-        package = f"python{'.'.join(platform.python_version_tuple()[:2])}-dev"
-        advice = f"install gcc and {package}, or load modules that have them; else steps run slower, without torch.compile"
-        return Finding(status, f"{' and '.join(missing)} not found", advice)
-    return Finding(OK, "a C compiler and Python.h, for torch.compile")
+        packages = " and ".join(PACKAGES_TO_COMPILE[each] for each in missing)
+        advice = f"install {packages}, or load modules that have them; else steps run slower, without torch.compile"
+        return Finding(status, f"no {' and no '.join(missing)}", advice)
+    return Finding(OK, "a compiler and Python.h, for torch.compile")
 
 
 def check_shared_memory(place: Place) -> Finding:

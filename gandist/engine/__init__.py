@@ -4,21 +4,21 @@ from torch import nn
 
 from gandist.config import Config, Cosine
 from gandist.distributed import World
-from gandist.engine.compilation import choose_compile, compile_objective, keep_compiled, missing_for_compiling
+from gandist.engine.compilation import Compilations, choose_compile, compile_player, keep_compiled
 from gandist.engine.ddp import DDPPlayer
 from gandist.engine.player import Player, frozen
 from gandist.engine.precision import Precision, choose_precision, set_determinism
 
 __all__ = [
+    "Compilations",
     "Player",
     "Precision",
     "build_player",
     "choose_compile",
     "choose_precision",
-    "compile_objective",
+    "compile_player",
     "frozen",
     "keep_compiled",
-    "missing_for_compiling",
     "set_determinism",
 ]
 

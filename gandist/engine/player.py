@@ -11,7 +11,7 @@ from gandist.config import Config, Cosine
 from gandist.distributed import World
 from gandist.engine.guard import NumericalGuard
 from gandist.engine.precision import Precision
-from gandist.models.spectral_norm import power_iteration
+from gandist.models.spectral_norm import PowerIteration
 from gandist.objective import Statistics
 from gandist.schedule import number_at
 
@@ -31,6 +31,7 @@ class Player(ABC):
         self.objective = objective
         self.network: nn.Module = objective.network
         self.parameters = {name: each for name, each in self.network.named_parameters() if each.requires_grad}
+        self.power_iteration = PowerIteration(self.network)
         self.clip_norm = config.optimizer.clip_norm
         # In float16 the loss scale is found by overflowing.
         stops = config.train.non_finite == "stop" and precision.name != "float16"
@@ -58,7 +59,7 @@ class Player(ABC):
                 self.backward(loss / count * torch.where(loss.isfinite(), 1.0, torch.nan))
             collected.append(statistics)
         norm = self.step(step)
-        power_iteration(self.network)
+        self.power_iteration()
         return [*collected, {f"grad/{self.name}_norm": norm}]
 
     def state_dict(self) -> dict:

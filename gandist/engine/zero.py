@@ -40,6 +40,7 @@ class DeepSpeedPlayer(Player):
         self.optimizer = adam
         self._loss_scale = torch.tensor([1.0, 0.0], device=world.device)  # none: for checkpoints that other engines read
         self.parallel, *_ = deepspeed.initialize(model=objective, optimizer=adam, config=_deepspeed_config(config, world))
+        world.add_group(self.parallel.data_parallel_group)
 
     def exchanging(self, last: bool) -> AbstractContextManager:
         return nullcontext()  # DeepSpeed exchanges in its step, and with stage 2 at each backward

@@ -4,9 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
-from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
-
 from gandist.evaluation.frechet import frechet_distance
 from gandist.evaluation.manifold import density_coverage, precision_recall
 from gandist.evaluation.statistics import Statistics
@@ -110,6 +107,8 @@ def frechet_per_class(real: Statistics, fake: Statistics) -> list[Value]:
 def kernel_distance(real: Statistics, fake: Statistics) -> list[Value]:
     """The kernel distance of Bińkowski et al. 2018 (1801.01401), of Inception features the KID: the mean and the standard
     deviation over 100 random subsets; unbiased, and so a little below 0 at times."""
+    from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
+
     size = min(KID_SUBSET, len(real.features), len(fake.features))
     found = kid_features_to_metric(fake.features, real.features, kid_subset_size=size, verbose=False)
     return [Value(found[KEY_METRIC_KID_MEAN], found[KEY_METRIC_KID_STD])]
@@ -143,6 +142,8 @@ def fidelity_diversity(real: Statistics, fake: Statistics) -> list[Value]:
 @metric("is50k", "inception", "class_logits", reals="", num_fakes=50_000)
 def inception_score(real: Statistics, fake: Statistics) -> list[Value]:
     """Salimans et al. 2016 (1606.03498): the mean and the standard deviation over ten splits, shuffled."""
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+
     found = isc_features_to_metric(fake.class_logits)
     return [Value(found[KEY_METRIC_ISC_MEAN], found[KEY_METRIC_ISC_STD])]
 

@@ -5,6 +5,8 @@ feature map, and one for each group: in a step of R3GAN, whose layers have up to
 of one convolution, as in the first derivative.
 """
 
+import warnings
+
 import torch
 
 
@@ -42,4 +44,6 @@ def double_backward(
 
 
 _aten = torch.library.Library("aten", "IMPL")
-_aten.impl("_convolution_double_backward", double_backward, "CompositeImplicitAutograd")
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", "Warning only once for all operators")  # torch 2.11's, of a kernel that is replaced
+    _aten.impl("_convolution_double_backward", double_backward, "CompositeImplicitAutograd")

@@ -113,19 +113,15 @@ class SyncBatchNorm(_BatchNorm):
 
     def _normalize_together(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """As alone, over all ranks."""
-        dims = [0, *range(2, input.dim())]
-        shape = [1, -1] + [1] * (input.dim() - 2)
-        x = input.to(torch.promote_types(input.dtype, torch.float32))
-        # Mean and mean square, so that one exchange suffices; in float64, so that their difference is exact enough.
-        var, mean = (each.double() for each in torch.var_mean(x, dims, correction=0))
-        mean, mean_square = mean_over_ranks(torch.stack([mean, var + mean.square()]))
-        var = mean_square - mean.square()
-        scale = torch.rsqrt(var + self.eps)
-        normalized = (x - mean.to(x.dtype).view(shape)) * scale.to(x.dtype).view(shape)
-        if self.affine:
-            normalized = normalized * self.weight.view(shape) + self.bias.view(shape)
+        weight, bias = (
+            (self.weight, self.bias)
+            if self.affine
+            else (torch.ones_like(self.running_var), torch.zeros_like(self.running_mean))
+        )
+        with torch.autocast(input.device.type, enabled=False):
+            output, mean, var = _NormalizeOverRanks.apply(input, weight, bias, self.eps)
         count = input.numel() // input.size(1) * dist.get_world_size()
-        return normalized.to(input.dtype), mean, var * (count / (count - 1))
+        return output, mean, var * (count / (count - 1))
 
     def _track(self, mean: torch.Tensor, var: torch.Tensor) -> None:
         self.num_batches_tracked += 1
@@ -144,6 +140,61 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
         return _SumOverRanks.apply(gradient)
+
+
+class _NormalizeOverRanks(torch.autograd.Function):
+    """Batch norm over the global batch, differentiable twice. It computes in float32 at least, and keeps its input as it came.
+
+    input [B, C, …], weight and bias [C] → the same normalized, and mean and biased variance of all ranks, float64 [C]
+    """
+
+    @staticmethod
+    def forward(
+        input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        # Mean and mean square, so that one exchange suffices; in float64, so that their difference is exact enough.
+        var, mean = torch.var_mean(input.to(_wide(input)), _all_but_channels(input), correction=0)
+        mean, var = mean.double(), var.double()
+        mean, mean_square = mean_over_ranks(torch.stack([mean, var + mean.square()]))
+        var = mean_square - mean.square()
+        scale = weight * torch.rsqrt(var + eps)
+        output = torch.addcmul(_along(input, bias - mean * scale), input, _along(input, scale))
+        # A copy in any case: torch 2.11, compiled, loses the gradient of an output that `.to` hands on as it is.
+        return output.to(input.dtype, copy=True), mean, var
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, outputs: tuple[torch.Tensor, ...]) -> None:
+        input, weight, _, ctx.eps = inputs
+        ctx.save_for_backward(input, weight, *outputs[1:])
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor, of_mean: torch.Tensor, of_var: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        input, weight, mean, var = ctx.saved_tensors
+        dims = _all_but_channels(input)
+        centered = input - _along(input, mean)
+        of_shift = gradient.sum(dims, dtype=_wide(input)).double()
+        of_scale = (gradient * centered).sum(dims).double()
+        # By mean and variance, which all ranks share, in one exchange.
+        inverse = torch.rsqrt(var + ctx.eps)
+        of_mean = of_mean - weight * inverse * of_shift
+        of_var = of_var - weight * inverse**3 / 2 * of_scale
+        of_mean, of_var = mean_over_ranks(torch.stack([of_mean, of_var])) * (input.size(1) / input.numel())
+        of_input = torch.addcmul(_along(input, of_mean), centered, _along(input, 2 * of_var))
+        of_input = torch.addcmul(of_input, gradient, _along(input, weight * inverse))
+        return of_input.to(input.dtype), (inverse * of_scale).to(weight.dtype), of_shift.to(weight.dtype), None
+
+
+def _wide(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _all_but_channels(x: torch.Tensor) -> list[int]:
+    return [0, *range(2, x.dim())]
+
+
+def _along(x: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """values [C] for the channels of x [B, C, …]"""
+    return values.to(_wide(x)).view(1, -1, *[1] * (x.dim() - 2))
 
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {  # model.discriminator_norm: channels → a norm of their feature map

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
+Tensors = list[torch.Tensor]
+
 FIRST_ITERATIONS = 15
 EPS = 1e-12  # the least norm of a vector
 
@@ -26,7 +28,8 @@ class SpectralNorm(nn.Module):
         self.register_buffer("u", F.normalize(matrix.new_empty(matrix.size(0)).normal_(), dim=0))
         self.register_buffer("v", F.normalize(matrix.new_empty(matrix.size(1)).normal_(), dim=0))
         self.register_buffer("sigma", matrix.new_ones(()))
-        _iterate([self], [weight.detach()], FIRST_ITERATIONS)
+        for _ in range(FIRST_ITERATIONS):
+            _iterate([self.u], [self.v], [self.sigma], [weight.detach()])
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         if self.training:
@@ -60,27 +63,41 @@ def spectral_norm(module: nn.Module) -> nn.Module:
     return module
 
 
+class PowerIteration:
+    """One step of it for every spectral norm of a network, to be made after each update of the weights."""
+
+    def __init__(self, network: nn.Module):
+        lists = [module for module in network.modules() if isinstance(module, parametrize.ParametrizationList)]
+        self._normed = [each for each in lists if isinstance(each[0], SpectralNorm)]
+        self._iterate = _iterate
+
+    def compile(self) -> None:
+        """It becomes generated code, at the first call."""
+        self._iterate = torch.compile(_iterate, dynamic=False)
+
+    def __call__(self) -> None:
+        if self._normed:
+            norms = [each[0] for each in self._normed]
+            us, vs, sigmas = ([getattr(norm, name) for norm in norms] for name in ("u", "v", "sigma"))
+            self._iterate(us, vs, sigmas, [each.original for each in self._normed])
+
+
 def power_iteration(network: nn.Module, count: int = 1) -> None:
-    """For every spectral norm of the network, to be made after each update of its weights."""
-    lists = [module for module in network.modules() if isinstance(module, parametrize.ParametrizationList)]
-    normed = [each for each in lists if isinstance(each[0], SpectralNorm)]
-    if normed:
-        _iterate([each[0] for each in normed], [each.original for each in normed], count)
+    """For weights that something else than a player's update has changed."""
+    iteration = PowerIteration(network)
+    for _ in range(count):
+        iteration()
 
 
 @torch.no_grad()
-def _iterate(norms: list[SpectralNorm], weights: list[torch.Tensor], count: int) -> None:
-    """Brings u and v of each closer to the singular vectors of σ, and σ to that of the weights."""
+def _iterate(us: Tensors, vs: Tensors, sigmas: Tensors, weights: Tensors) -> None:
+    """Brings u and v of each weight closer to the singular vectors of σ, and σ to that of the weight."""
     matrices = [_as_matrix(weight) for weight in weights]
-    us, vs, sigmas = ([getattr(norm, name) for norm in norms] for name in ("u", "v", "sigma"))
-    for _ in range(count):
-        _normalize_into(us, [torch.mv(matrix, v) for matrix, v in zip(matrices, vs, strict=True)])
-        torch._foreach_copy_(
-            sigmas, _normalize_into(vs, [torch.mv(matrix.T, u) for matrix, u in zip(matrices, us, strict=True)])
-        )
+    _normalize_into(us, [torch.mv(matrix, v) for matrix, v in zip(matrices, vs, strict=True)])
+    torch._foreach_copy_(sigmas, _normalize_into(vs, [torch.mv(matrix.T, u) for matrix, u in zip(matrices, us, strict=True)]))
 
 
-def _normalize_into(vectors: list[torch.Tensor], values: list[torch.Tensor]) -> list[torch.Tensor]:
+def _normalize_into(vectors: Tensors, values: Tensors) -> Tensors:
     """Returns the norms that the values had."""
     norms = torch._foreach_norm(values)
     torch._foreach_clamp_min_(norms, EPS)

@@ -15,8 +15,8 @@ from tests.gpu.test_steps import STYLES, assert_never_waits, build
 from tests.ranks import ROOT
 
 LAZY = ["loss.r1_gamma={start: 1, end: 0.1, kimg: 1}", "loss.penalty_every=2"]
-SETTINGS = {  # and how many graphs they have: of `generate`, of D with and without its penalty, and of G
-    "dcgan, accumulated": ([*LAZY, "train.accumulation=2", "augmentation.xflip=true"], 4),
+SETTINGS = {  # and how many graphs they have: of `generate`, of D with and without its penalty, of G, of power iterations
+    "dcgan, accumulated": ([*LAZY, "train.accumulation=2", "augmentation.xflip=true"], 5),
     "stylegan2": (
         [
             *STYLES,
@@ -31,7 +31,7 @@ SETTINGS = {  # and how many graphs they have: of `generate`, of D with and with
     "r3gan": ([f"--config={ROOT / 'configs/cifar10-r3gan.yaml'}", "model.widths=[16, 16, 16, 16]", "model.group_size=16"], 3),
     "biggan": (
         [f"--config={ROOT / 'configs/cifar10-biggan.yaml'}", "model.generator_width=4", "model.discriminator_width=4"],
-        3,
+        5,
     ),
 }
 

@@ -29,7 +29,9 @@ SOURCES = [Path(__file__).parent / name for name in ("null_gpu.h", "memory.c", "
 LIBRARY = "libnull_gpu.so"
 FLAGS = ["-shared", "-fPIC", "-O2", "-w"]
 
-WANTED = re.compile(r"(__)?(cuda|cublas|cudnn|cufft|cusolver|cusparse|nccl|nvrtc|cu[A-Z])")  # functions of CUDA, by their names
+WANTED = re.compile(
+    r"(__)?(cuda|cublas|cudnn|cufft|cusolver|cusparse|nccl|nvml|nvrtc|cu[A-Z])"
+)  # functions of CUDA, by their names
 CREATES = re.compile(r"cu(blas|dnn|fft|solver|sparse)\w*Create")
 COMPUTES = re.compile(r"cu(blas|dnn|fft|solver|sparse)(?!\w*(Destroy|Set|Get|Init|Query|[sS]ize|Version|Final|Algo|Backend))")
 
@@ -168,7 +170,8 @@ def _compile(folder: Path, site: Path, headers: Path) -> None:
     _gcc("-o", folder / LIBRARY, f"-Wl,-soname,{LIBRARY}", *include, *sources, folder / "generated.c", "-ldl", "-lpthread")
     for path in site.glob("nvidia/**/lib/libnvrtc.so.*"):
         _gcc("-o", folder / path.name, f"-Wl,-soname,{path.name},--no-as-needed", folder / LIBRARY)
-    _gcc("-o", folder / "libcuda.so.1", "-Wl,-soname,libcuda.so.1,--no-as-needed", folder / LIBRARY)
+    for name in ("libcuda.so.1", "libnvidia-ml.so.1"):
+        _gcc("-o", folder / name, f"-Wl,-soname,{name},--no-as-needed", folder / LIBRARY)
     (folder / "libcuda.so").symlink_to("libcuda.so.1")
 
 
@@ -179,14 +182,15 @@ def _gcc(*arguments: str | Path) -> None:
 
 
 def _wanted(site: Path) -> set[str]:
-    """What torch's libraries take from CUDA's, and the whole driver, whose functions are searched by their names."""
+    """What torch's libraries take from CUDA's, and what they search by its name: the whole driver, and some of NVML."""
     libraries = [*site.glob("torch/lib/*.so"), *site.glob("torchvision/*.so")]
     undefined = subprocess.run(["nm", "-D", "--undefined-only", *libraries], capture_output=True, text=True, check=False).stdout
     symbols = {line.split()[-1].partition("@")[0] for line in undefined.splitlines() if line.startswith(" ")}
     header = next(path for pattern in ("nvidia/**/cuda.h", "triton/**/cuda.h") for path in site.glob(pattern))
     driver = re.findall(r"CUDAAPI\s+(cu\w+)\(", header.read_text())
     versions = re.findall(r"#define\s+cu\w+\s+.*?(cu\w+_v\d+)", header.read_text())
-    return {symbol for symbol in (*symbols, *driver, *versions) if WANTED.match(symbol)}
+    nvml = re.findall(r"nvml\w+", (site / "torch/include/c10/cuda/driver_api.h").read_text()) + ["nvmlInit"]
+    return {symbol for symbol in (*symbols, *driver, *versions, *nvml) if WANTED.match(symbol)}
 
 
 def _generate(symbols: set[str]) -> str:

@@ -1,4 +1,4 @@
-/* The CUDA driver and NVRTC, as far as they answer more than "done": Triton and torch's own compiler talk to them. */
+/* The CUDA driver, NVML and NVRTC, as far as they answer more than "done": Triton and torch talk to them. */
 #define _GNU_SOURCE
 #include "null_gpu.h"
 #include <stdlib.h>
@@ -119,6 +119,14 @@ int cuMemGetAllocationGranularity(size_t *bytes, void *how, int option) {
   *bytes = 1 << 21;
   return 0;
 }
+
+/* NVML. What is left out, such as which devices a fabric connects, reads zero: none. */
+int nvmlDeviceGetCount_v2(int *count) { return cudaGetDeviceCount(count); }
+int nvmlDeviceGetHandleByPciBusId_v2(const char *bus, void **device) {
+  *device = new_handle();
+  return 0;
+}
+int nvmlSystemGetCudaDriverVersion_v2(int *version) { return cuDriverGetVersion(version); }
 
 /* NVRTC: every program compiles, to nothing. */
 int nvrtcVersion(int *major, int *minor) {

@@ -51,7 +51,7 @@ static char *start, *next;
 static size_t used;
 static __thread int device;
 
-static size_t pages(size_t bytes) { return (bytes + PAGE) & ~(PAGE - 1); }
+static size_t pages(size_t bytes) { return (bytes + PAGE - 1) & ~(PAGE - 1); }
 
 size_t device_memory(void) {
   const char *gib = getenv("NULL_GPU_GIB");
