@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -35,7 +35,21 @@ from tests import null_gpu
 
 CONFIGS = sorted(str(path) for path in Path("configs").glob("*.yaml") if not path.stem.startswith("digits"))
 TITLE = "a step on one GPU"
-COUNTS = ["", "GPUs", "images a GPU", "steps are", "launches", "host, ms", "waits", "collectives", "MB", "GiB"]
+COUNTS = [
+    "",
+    "GPUs",
+    "images a GPU",
+    "steps are",
+    "launches",
+    "host, ms",
+    "waits",
+    "collectives",
+    "MB",
+    "GiB",
+    "GB",
+    "TFLOP",
+    "ideal, ms",
+]
 ROOFLINE = ["", "operations", "GB", "TFLOP", "ms", "limited by"]
 BANDWIDTH, FLOPS = 4.0e12, 700e12  # a second, that an H200 achieves
 FIRST = 11  # steps: in as many DistributedDataParallel waits, to see how long it takes
@@ -158,29 +172,35 @@ def measure(path: str, images: int, compiled: bool, roofline: bool, world: World
         f"{counts.collective_bytes / period / 1e6:,.1f}",
         f"{torch.cuda.max_memory_allocated() / 2**30:.1f}",
     ]
-    if world.is_main:
-        record(TITLE, COUNTS, row)
+    kinds = []
     if roofline:
         with Roofline() as found:
             run(period)
-        for line in roofline_rows(found.costs, period) if world.is_main else []:
+        kinds = roofline_rows(found.costs, period)
+    if world.is_main:
+        record(TITLE, COUNTS, row + (kinds[-1][2:5] if kinds else [""] * 3))
+        for line in kinds:
             record(f"roofline of {Path(path).stem}, {images} images", ROOFLINE, line)
 
 
-def roofline_rows(costs: dict[str, Cost], steps: int) -> Iterator[list[str]]:
+def roofline_rows(costs: dict[str, Cost], steps: int) -> list[list[str]]:
     """The longest kinds first, then their sum."""
     total = Cost(*(sum(getattr(each, name) for each in costs.values()) for name in vars(Cost())))
     ordered = sorted(costs.items(), key=lambda each: -each[1].seconds)
+    rows = []
     for name, cost in [*ordered, ("all", total)]:
         share = cost.computing / cost.seconds if cost.seconds else 0.0
-        yield [
-            name,
-            f"{cost.operations / steps:,.0f}",
-            f"{cost.bytes / steps / 1e9:.2f}",
-            f"{cost.flops / steps / 1e12:.2f}",
-            f"{1e3 * cost.seconds / steps:.2f}",
-            "computing" if share > 0.8 else "memory" if share < 0.2 else f"computing {share:.0%}, memory {1 - share:.0%}",
-        ]
+        rows.append(
+            [
+                name,
+                f"{cost.operations / steps:,.0f}",
+                f"{cost.bytes / steps / 1e9:.2f}",
+                f"{cost.flops / steps / 1e12:.2f}",
+                f"{1e3 * cost.seconds / steps:.2f}",
+                "computing" if share > 0.8 else "memory" if share < 0.2 else f"computing {share:.0%}, memory {1 - share:.0%}",
+            ]
+        )
+    return rows
 
 
 def gpus_of(path: str) -> int:
@@ -229,7 +249,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if result.outcome != "ok":
             failed = True
             result.rows.setdefault(
-                TITLE, [dict(zip(COUNTS, [Path(path).stem, gpus, images, result.outcome, *[""] * 6], strict=True))]
+                TITLE, [dict(zip(COUNTS, [Path(path).stem, gpus, images, result.outcome, *[""] * 9], strict=True))]
             )
         for title, rows in result.rows.items():
             tables.setdefault(title, []).extend(rows)
