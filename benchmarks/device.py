@@ -86,7 +86,8 @@ def run_part(part: Part, limit: float, environment: dict[str, str], log: Path) -
             outcome = "ok" if code == 0 else f"exit status {code}: {last[0]}"
         except subprocess.TimeoutExpired:
             outcome = f"not done after {limit:.0f} s"
-        _kill_all(process)
+        finally:  # also where this is stopped itself
+            _kill_all(process)
         reader.join(5)
         return Result(round(time.monotonic() - begin, 1), round(limit, 1), outcome, _rows(records))
 
@@ -173,4 +174,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of the part that runs, which is ended too
     main()

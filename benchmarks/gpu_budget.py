@@ -9,6 +9,7 @@ roofline sums bytes and FLOPs of the step's ATen operations: what an ideal GPU w
 import argparse
 import math
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -269,4 +270,5 @@ def page(tables: dict[str, list[dict[str, str]]]) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # by way of the process that measures, which is ended too
     main()
