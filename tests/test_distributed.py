@@ -260,12 +260,14 @@ def test_rounds(monkeypatch) -> None:
     assert not stores[1].check(["address 1"]), "the dead rank's address is out of sight"
 
 
+SEGMENT = "Error while creating shared memory segment /dev/shm/nccl-x (size 9637888)"
 IN_NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, "
 REMOTE = "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely."
 SYSTEM = "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error. \nLast error:\n"
 STOPPED_RANKS = [  # as torch 2.15 has it
     (dist.DistBackendError, f"{IN_NCCL}remote process exited or there was a network error\n{REMOTE}", "was lost"),
     (dist.DistBackendError, f"{IN_NCCL}unhandled system error\n{SYSTEM}recv failed : Connection reset by peer", "was lost"),
+    (RuntimeError, "NCCL AllReduce failed: remote process exited or there was a network error \nNCCL Last Error: ", "was lost"),
     (dist.DistBackendError, "NCCL communicator was aborted on rank 1. ", "was lost"),
     (
         dist.DistNetworkError,
@@ -281,10 +283,12 @@ STOPPED_RANKS = [  # as torch 2.15 has it
     ),
     (dist.DistStoreError, "wait timeout after 600000ms, keys: /default_pg/0//cuda//0/1", "does not answer"),
     (dist.DistNetworkError, "Socket Timeout", "does not answer"),
-    (
-        dist.DistBackendError,
-        f"{IN_NCCL}unhandled system error\n{SYSTEM}Error while creating shared memory segment /dev/shm/nccl-x (size 9637888)",
-        r"NCCL failed on .*: Error while creating shared memory segment /dev/shm/nccl-x \(size 9637888\): often /dev/shm is",
+    *(
+        (dist.DistBackendError, said, rf"NCCL failed on .*: {re.escape(SEGMENT)}: often /dev/shm is")
+        for said in (
+            f"{IN_NCCL}unhandled system error\n{SYSTEM}{SEGMENT}",
+            f"NCCL AllReduce failed: unhandled system error (run with NCCL_DEBUG=INFO for details) \nNCCL Last Error: {SEGMENT}",
+        )
     ),
 ]
 
