@@ -26,7 +26,7 @@ NCCL_LATER = timedelta(seconds=60)
 # What gloo, NCCL and the store say, in this order.
 _LOST_PEER = (
     *("Connection closed by peer", "Connection reset by peer", "Broken pipe"),
-    *("ncclRemoteError", "NCCL communicator was aborted"),
+    *("ncclRemoteError", "remote process exited or there was a network error", "NCCL communicator was aborted"),
     *("Connection was likely closed", "Connection closed by remote peer", "Remote peer closed the connection"),
 )
 _SILENT_PEER = (
@@ -34,7 +34,7 @@ _SILENT_PEER = (
     *("Watchdog caught collective operation timeout", "NCCL operation timed out", "NCCL timeout", "Connection timed out"),
     *("wait timeout after", "Socket Timeout"),
 )
-_NCCL_ON_THIS_NODE = re.compile(r"ncclSystemError.*?Last error:\s*(?P<reason>[^\n]+)", re.DOTALL)
+_NCCL_ON_THIS_NODE = re.compile(r"unhandled system error.*?Last [Ee]rror:\s*(?P<reason>[^\n]+)", re.DOTALL)
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,8 @@ from gandist.models import build_generator
 from gandist.train import train
 from gandist.trainer import Trainer
 from tests.ranks import launch, run_ranks
+from tests.small_disk import mount_small_disk
 from tests.test_promises import final_state
-from tests.test_remote import _mount_small_disk
 
 KEEP_TWO = CheckpointConfig(keep=2)
 
@@ -446,7 +446,7 @@ def test_an_error_of_one_rank_is_everyones(tmp_path: Path, cache_dir: Path, numb
 
 def _with_a_full_disk(run_dir: Path, disk: Path, configs: dict[str, Config]) -> dict[str, Any]:
     disk.mkdir(parents=True)
-    _mount_small_disk(disk, 3_000_000)
+    mount_small_disk(disk, 3_000_000)
     filler = disk / "filler"
     seen: dict[str, Any] = {}
 

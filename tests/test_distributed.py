@@ -12,11 +12,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from gandist.distributed import _choose_device, run
+from gandist.distributed import choose_device, run
 from gandist.errors import ConfigError
 from gandist.launcher import Launch, read_address, read_launch
 from gandist.rendezvous import _Round, meet
-from tests.ranks import ROOT, _command, end_ranks, start_ranks
+from tests.ranks import ROOT, end_ranks, run_module, start_ranks
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "7"}
 DEEPSPEED = {"RANK": "5", "WORLD_SIZE": "6", "LOCAL_RANK": "1", "LOCAL_SIZE": "2", "MASTER_ADDR": "b", "MASTER_PORT": "29500"}
@@ -132,7 +132,7 @@ def test_the_allocator_of_a_gpu_expands_its_segments(monkeypatch, chosen: str | 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: settings.append(dict(os.environ)))
-    assert _choose_device(ALONE) == (torch.device("cuda", 0), "cpu:gloo,cuda:nccl")
+    assert choose_device(ALONE) == torch.device("cuda", 0)
     (environment,) = settings
     if chosen:
         assert environment[chosen] == "backend:native"
@@ -211,7 +211,7 @@ def see_the_end(
     changes = [[f"{name}={value}" for name, value in (common | own).items()] for own in environments]
     with tempfile.TemporaryDirectory() as folder:
         errors = [Path(folder) / str(rank) for rank in range(len(changes))]
-        command = lambda rank: (_command, Path(os.devnull), errors[rank], "tests.joins", (*stop, *changes[rank]))  # noqa: E731
+        command = lambda rank: (run_module, Path(os.devnull), errors[rank], "tests.joins", (*stop, *changes[rank]))  # noqa: E731
         ranks = start_ranks(len(changes), command)
         deadline = time.monotonic() + 40
         staying = int(stop[0] == "SIGSTOP")
@@ -260,12 +260,14 @@ def test_rounds(monkeypatch) -> None:
     assert not stores[1].check(["address 1"]), "the dead rank's address is out of sight"
 
 
+SEGMENT = "Error while creating shared memory segment /dev/shm/nccl-x (size 9637888)"
 IN_NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/NCCLUtils.cpp:77, "
 REMOTE = "ncclRemoteError: A call failed possibly due to a network error or a remote process exiting prematurely."
 SYSTEM = "ncclSystemError: System call (e.g. socket, malloc) or external library call failed or device error. \nLast error:\n"
 STOPPED_RANKS = [  # as torch 2.15 has it
     (dist.DistBackendError, f"{IN_NCCL}remote process exited or there was a network error\n{REMOTE}", "was lost"),
     (dist.DistBackendError, f"{IN_NCCL}unhandled system error\n{SYSTEM}recv failed : Connection reset by peer", "was lost"),
+    (RuntimeError, "NCCL AllReduce failed: remote process exited or there was a network error \nNCCL Last Error: ", "was lost"),
     (dist.DistBackendError, "NCCL communicator was aborted on rank 1. ", "was lost"),
     (
         dist.DistNetworkError,
@@ -281,10 +283,12 @@ STOPPED_RANKS = [  # as torch 2.15 has it
     ),
     (dist.DistStoreError, "wait timeout after 600000ms, keys: /default_pg/0//cuda//0/1", "does not answer"),
     (dist.DistNetworkError, "Socket Timeout", "does not answer"),
-    (
-        dist.DistBackendError,
-        f"{IN_NCCL}unhandled system error\n{SYSTEM}Error while creating shared memory segment /dev/shm/nccl-x (size 9637888)",
-        r"NCCL failed on .*: Error while creating shared memory segment /dev/shm/nccl-x \(size 9637888\): often /dev/shm is",
+    *(
+        (dist.DistBackendError, said, rf"NCCL failed on .*: {re.escape(SEGMENT)}: often /dev/shm is")
+        for said in (
+            f"{IN_NCCL}unhandled system error\n{SYSTEM}{SEGMENT}",
+            f"NCCL AllReduce failed: unhandled system error (run with NCCL_DEBUG=INFO …) \nNCCL Last Error: {SEGMENT}",
+        )
     ),
 ]
 
