@@ -274,7 +274,7 @@ def test_nodes_that_differ_are_named(folders, tmp_path: Path) -> None:
     found = lines(output)
     assert {"compiler", "run_dir"} <= {name for name, each in found.items() if len(each) == 2}
     where = f"rank 1 on {socket.gethostname()}"
-    assert found["compiler"][1].startswith(f"warning {where}: a C compiler not found")
+    assert found["compiler"][1].startswith(f"warning {where}: no C++ compiler")
     assert found["run_dir"][1].startswith(f"error {where}: run_dir={tmp_path}/file/a: ")
 
 

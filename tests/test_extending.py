@@ -19,7 +19,7 @@ def test_the_worked_examples_train(tmp_path: Path, cache_dir: Path) -> None:
         subprocess.run(["git", "apply", "-C1", "-"], input=patch, cwd=tmp_path, text=True, check=True)
     for path, text in re.findall(r"`(gandist/\S+)`:\n\n```python\n(.*?)```", PAGE, re.DOTALL):
         (tmp_path / path).write_text(text)
-    (command,) = re.findall(r"-m gandist\.train (.*)", PAGE)
+    (command,) = re.findall(r"^torchrun .*-m gandist\.train (.*)", PAGE, re.MULTILINE)
     short = ["train.kimg=0.256", "evaluation.every_kimg=1", "tracking.wandb=off", f"data.cache_dir={cache_dir}"]
     result = subprocess.run(
         [sys.executable, "-m", "gandist.train", *command.split(), *short],
