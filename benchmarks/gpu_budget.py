@@ -45,9 +45,9 @@ COUNTS = [
     "host, ms",
     "waits",
     "collectives",
-    "MB",
-    "GiB",
-    "GB",
+    "given, MB",
+    "peak, GiB",
+    "moved, GB",
     "TFLOP",
     "ideal, ms",
 ]

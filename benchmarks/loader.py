@@ -12,10 +12,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import psutil
 from tqdm import tqdm
@@ -135,18 +134,11 @@ def _reader(folder: Path, size: int, cache: Path):
     from gandist.data.shards import LabelPolicy, open_shards
     from gandist.data.sources import find_shards
     from gandist.data.storage import Storage
-    from gandist.distributed import World
-
-    class Alone(World):
-        """One rank, without the threads of a process group."""
-
-        def gather(self, value: Any) -> list[Any]:
-            return [value]
+    from gandist.distributed import join_world
 
     storage = Storage(cache / "index", ShardCache(cache / "shards", 10**9, Remote()), LabelRule())
-    place = {"rank": 0, "size": 1, "local_rank": 0, "local_size": 1}
-    world = Alone(**place, device="cpu", control=None, timeout=timedelta(minutes=1))
-    dataset = open_shards(find_shards(str(folder), Remote()), storage, LabelPolicy(CLASSES), world, scan_all=True)
+    with join_world() as world:
+        dataset = open_shards(find_shards(str(folder), Remote()), storage, LabelPolicy(CLASSES), world, scan_all=True)
     return ShardReader(dataset, ImageFormat(size, 3))
 
 

@@ -172,7 +172,7 @@ def count_graphs() -> str:
     from torch._dynamo.utils import counters
     from torch._inductor.cudagraph_trees import get_manager
 
-    manager = get_manager(create_if_none_exists=False)
+    manager = get_manager(torch.cuda.current_device(), create_if_none_exists=False)
     recorded = manager.new_graph_id().id if manager else 0
     return f"{recorded} CUDA graphs recorded, {counters['inductor']['cudagraph_skips']} skipped"
 
