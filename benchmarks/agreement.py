@@ -124,8 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for row in noise(device) if name == "noise" else [family(name, device)]:
             add(row)
     print(table(COLUMNS, rows), flush=True)
-    if any(row[-1] != "ok" for row in rows):
-        sys.exit(1)
+    if wrong := [row[0] for row in rows if row[-1] != "ok"]:
+        sys.exit(f"{', '.join(wrong)}: not as on the CPU")
 
 
 if __name__ == "__main__":

@@ -93,12 +93,14 @@ def run_part(part: Part, limit: float, environment: dict[str, str], log: Path) -
 
 
 def _pass_on(stream, log: Path, last: list[str]) -> None:
-    """Lines of the stream, as they come; `last` becomes the last one that says something."""
+    """Lines of the stream, as they come; `last` becomes the last one that says something. Python's warnings of what a process
+    leaves behind come after its error."""
     with log.open("a") as file:
         for line in stream:
             print(line, end="", flush=True)
             file.write(line)
-            last[0] = line.strip()[:200] or last[0]
+            if line.strip() and "warn" not in line:
+                last[0] = line.strip()[:200]
 
 
 def _kill_all(process: subprocess.Popen) -> None:

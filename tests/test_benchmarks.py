@@ -175,7 +175,7 @@ RECORD = "from benchmarks.report import record; record({!r}, {!r}, {!r}); print(
 MACHINE = RECORD.format("machine", ["machine", ""], ["GPU", "none"])
 SPEED = RECORD.format("speeds", ["what", "ms"], ["a | b", 1.5])
 HANG = "import subprocess, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
-FAIL = "raise SystemExit('a reason')"
+FAIL = "import sys; sys.stderr.write('a reason\\n  warnings.warn(...)\\n'); sys.exit(1)"
 
 
 def test_a_part_that_fails_or_hangs_does_not_stop_the_others(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
