@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
 
 from gandist.distributed import join_world
 from tests.null_gpu import Kind, counts, recording, reset
@@ -47,6 +48,14 @@ def test_events_are_counted_in_their_order() -> None:
     assert (found.launches, found.syncs, found.copies, found.pageable_copies) == (2, 1, 2, 1)
     reset()
     assert counts().launches == 0
+
+
+def test_torch_can_be_profiled_and_asked_for_versions() -> None:
+    assert torch.backends.cudnn.version() > 90000
+    x = torch.ones(3, device="cuda")
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiled:
+        (x + 1).relu()
+    assert {"aten::add", "aten::relu"} <= {event.key for event in profiled.key_averages()}
 
 
 TYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8]

@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 SOURCES = [Path(__file__).parent / name for name in ("null_gpu.h", "memory.c", "runtime.c", "driver.c", "nccl.c")]
+HEADERS = ["driver_types.h", "cudnn_version.h"]
 LIBRARY = "libnull_gpu.so"
 FLAGS = ["-shared", "-fPIC", "-O2", "-w"]
 
 WANTED = re.compile(
-    r"(__)?(cuda|cublas|cudnn|cufft|cusolver|cusparse|nccl|nvml|nvrtc|cu[A-Z])"
+    r"(__)?(cuda|cublas|cudnn|cufft|cupti|cusolver|cusparse|nccl|nvml|nvrtc|cu[A-Z])"
 )  # functions of CUDA, by their names
 CREATES = re.compile(r"cu(blas|dnn|fft|solver|sparse)\w*Create")
 COMPUTES = re.compile(r"cu(blas|dnn|fft|solver|sparse)(?!\w*(Destroy|Set|Get|Init|Query|[sS]ize|Version|Final|Algo|Backend))")
@@ -141,15 +142,15 @@ def _build() -> Path:
     site = Path(find_spec("torch").origin).parents[1]
     if not (site / "torch/lib/libtorch_cuda.so").exists():
         raise Unavailable("torch is built without CUDA")
-    header = next(site.glob("nvidia/**/include/driver_types.h"), None)
-    if header is None:
+    headers = [path for name in HEADERS for path in site.glob(f"nvidia/**/include/{name}")]
+    if len(headers) < len(HEADERS):
         raise Unavailable("the headers of torch's CUDA are not installed")
-    known = [*(source.read_bytes() for source in SOURCES), Path(__file__).read_bytes(), header.read_bytes()]
+    known = [path.read_bytes() for path in (*SOURCES, Path(__file__), *headers)]
     version = (site / "torch/version.py").read_bytes()
     folder = Path(tempfile.gettempdir()) / f"null-gpu-{hashlib.sha256(b''.join([*known, version])).hexdigest()[:16]}"
     if not folder.exists():
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="null-gpu-") as partial:
-            _compile(Path(partial), site, header.parent)
+            _compile(Path(partial), site, [header.parent for header in headers])
             try:
                 Path(partial).chmod(0o755)
                 shutil.copytree(partial, f"{partial}.done")
@@ -160,13 +161,13 @@ def _build() -> Path:
     return folder
 
 
-def _compile(folder: Path, site: Path, headers: Path) -> None:
+def _compile(folder: Path, site: Path, headers: list[Path]) -> None:
     """One library with everything, and empty ones with the names by which CUDA's own are searched, which bring it along."""
     (folder / "crt").mkdir()
     (folder / "crt/host_defines.h").write_text(HOST_DEFINES)
     sources = [source for source in SOURCES if source.suffix == ".c"]
     (folder / "generated.c").write_text(_generate(_wanted(site)))
-    include = [f"-I{folder}", f"-I{SOURCES[0].parent}", f"-I{headers}"]
+    include = [f"-I{each}" for each in (folder, SOURCES[0].parent, *headers)]
     _gcc("-o", folder / LIBRARY, f"-Wl,-soname,{LIBRARY}", *include, *sources, folder / "generated.c", "-ldl", "-lpthread")
     for path in site.glob("nvidia/**/lib/libnvrtc.so.*"):
         _gcc("-o", folder / path.name, f"-Wl,-soname,{path.name},--no-as-needed", folder / LIBRARY)

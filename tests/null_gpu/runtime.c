@@ -1,6 +1,7 @@
 /* The CUDA runtime's streams, events and kernels, cuBLAS and cuDNN, as far as they answer more than "done". */
 #define _GNU_SOURCE
 #include "null_gpu.h"
+#include "cudnn_version.h"
 #include "driver_types.h"
 #include "vector_types.h"
 #include <dlfcn.h>
@@ -246,7 +247,11 @@ int cublasLtMatmulAlgoGetHeuristic(void *handle, void *how, void *a, void *b, vo
 }
 
 /* cuDNN. Convolutions come by its graph API (cudnn_graph.h, by which these attributes are numbered) or by the old one. */
-size_t cudnnGetVersion(void) { return 92600; }
+size_t cudnnGetVersion(void) { return CUDNN_VERSION; }
+int cudnnGetProperty(int part, int *number) {
+  *number = part == 0 ? CUDNN_MAJOR : part == 1 ? CUDNN_MINOR : CUDNN_PATCHLEVEL;
+  return 0;
+}
 size_t cudnnGetCudartVersion(void) { return 13020; }
 const char *cudnnGetErrorString(int status) { return "null cuDNN error"; }
 void cudnnGetLastErrorString(char *text, size_t room) {
