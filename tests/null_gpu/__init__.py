@@ -84,14 +84,19 @@ class Counts(NamedTuple):
 def environment(*, gpus: int = 1, memory_gib: float = 80) -> dict[str, str]:
     """Environment variables for a process that shall see `gpus` null GPUs. Builds the library, the first time.
 
+    The process has a HOME of its own: moments of real images that are cached there are zeros, and no run on another device
+    must find them.
     Raises Unavailable where there is no gcc, or where torch is not built for CUDA.
     """
     folder = _build()
     search = [str(folder), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    home = folder.with_name(f"{folder.name}-home")
+    home.mkdir(exist_ok=True)
     return {
         "LD_PRELOAD": ":".join(map(str, [folder / LIBRARY, *folder.glob("libnvrtc.so.*")])),
         "LD_LIBRARY_PATH": ":".join(search),
         "TRITON_LIBCUDA_PATH": str(folder),
+        "HOME": str(home),
         "NULL_GPU_COUNT": str(gpus),
         "NULL_GPU_GIB": str(memory_gib),
     }
