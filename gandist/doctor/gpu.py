@@ -29,7 +29,7 @@ def check_gpu(place: Place) -> Finding:
     if total - free > TAKEN * total:
         return Finding(WARNING, f"{text}, whose memory others use", "`nvidia-smi` shows which processes", figures)
     if count > local_size and not place.launch.slurm:
-        return Finding(WARNING, f"{text}, of which {local_size} used", f"torchrun --nproc_per_node={count} uses all", figures)
+        return Finding(WARNING, f"{text}, {local_size} in use", f"torchrun --nproc_per_node={count} uses all", figures)
     return Finding(OK, text, figures=figures)
 
 
