@@ -54,7 +54,7 @@ COUNTS = [
 ROOFLINE = ["", "operations", "GB", "TFLOP", "ms", "limited by"]
 BANDWIDTH, FLOPS = 4.0e12, 700e12  # a second, that an H200 achieves
 FIRST = 11  # steps: in as many DistributedDataParallel waits, to see how long it takes
-ROUNDS = 5  # of the host's time, of which the least counts: the machine may not be ours alone
+ROUNDS = 5  # of the host's time; the least counts, as other processes may run
 MEMORY_GIB = 1000  # so that what does not fit is measured, too
 
 

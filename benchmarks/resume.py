@@ -59,7 +59,7 @@ def resumed(run_dir: Path, before: int) -> str:
     """before: the step at which the first run ended"""
     steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     if not before < steps[-1] < 2 * before or len(set(steps)) != len(steps):
-        raise ValueError(f"metrics.jsonl has steps {steps}, of which {before} was the last")
+        raise ValueError(f"metrics.jsonl has steps {steps}, but the first run ended at {before}")
     return f"ok, from step {before} to {steps[-1]}"
 
 

@@ -107,6 +107,7 @@ class _Round:
             sizes = f"rank {first} was started as one of {of} ranks, but rank {rank} as one of {size}"
             advice = "start every node with the same numbers of nodes and processes"
             raise _conclude(self.store, self._launch, f"{sizes}: {advice}")
+        self.store.append("joined", f"{rank} ")
         if self.store.add("seats taken", 1) == size:
             self.store.set("full", "")
         return True
@@ -134,8 +135,8 @@ class _Round:
         return True
 
     def _missing(self, seconds: float) -> str:
-        joined = [rank for rank in range(self._launch.size) if self.store.check([_seat(rank)])]
-        missing = [rank for rank in range(self._launch.size) if rank not in joined]
+        joined = sorted(map(int, self.store.get("joined").split()))  # one question, however many ranks there are
+        missing = sorted(set(range(self._launch.size)) - set(joined))
         if not missing:
             silent = [rank for rank in joined if not self.store.check([f"confirmed {rank}"])]
             return f"rank {by_host(self.store, silent)} joined, but does not answer: look at its log and at its node"

@@ -9,8 +9,8 @@ T = TypeVar("T")
 
 
 def ahead(batches: Iterator[T], count: int, begin: Callable[[], None]) -> Iterator[T]:
-    """The same batches, of which a thread makes up to `count` beforehand. Its errors are raised here, in their turn; closing
-    this generator ends it.
+    """The same batches. A thread makes up to `count` of them ahead; its errors are raised here in their turn. Closing this
+    generator ends the thread.
 
     begin: called first, in the thread
     """

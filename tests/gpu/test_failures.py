@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from gandist.distributed import join_world, run
-from tests.gpu.test_runs import needs_two, options
+from tests.gpu import needs_two
+from tests.gpu.test_runs import options
 from tests.ranks import end_ranks, launch, run_module, run_ranks, start_ranks
 
 LOST = "error (rank 0): the connection to another rank was lost: it failed first, see its own message\n"

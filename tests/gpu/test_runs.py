@@ -10,11 +10,11 @@ import torch
 
 import gandist
 from gandist import checkpoint
+from tests.gpu import needs_two
 from tests.ranks import ROOT, end_ranks, launch, run_module, start_ranks
 from tests.test_promises import rows
 
 STEP = 0.064  # kimg
-needs_two = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are fewer GPUs")
 NO_GPU = {"NULL_GPU_COUNT": "0", "CUDA_VISIBLE_DEVICES": ""}
 
 

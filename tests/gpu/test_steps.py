@@ -14,6 +14,7 @@ from gandist.config_file import load_config
 from gandist.data import DeviceBatch
 from gandist.distributed import World, join_world
 from gandist.trainer import Trainer
+from tests.gpu import needs_two
 from tests.null_gpu import counts, reset
 from tests.ranks import ROOT, run_ranks
 
@@ -129,7 +130,7 @@ def steps_together(run_dir: Path, overrides: list[str]) -> int:
         return counts().collectives
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+@needs_two
 @pytest.mark.parametrize(
     "overrides",
     [["loss.lecam_weight=1"], ["train.accumulation=2", "model.conditioning=d2d_ce"], ["engine=deepspeed", "zero_stage=2"]],
