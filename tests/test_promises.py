@@ -13,7 +13,7 @@ from gandist import checkpoint
 from gandist.train import main
 from tests.ranks import ROOT, run_ranks
 
-BATCH_SIZE = 16
+BATCH_SIZE = 24
 STEPS = 12
 KIMG = BATCH_SIZE * STEPS / 1000
 LOSSES = ("loss/", "penalty/", "consistency/", "logits/", "classification/", "augmentation/", "schedule/", "lr/")
@@ -131,14 +131,29 @@ def test_one_two_and_four_ranks_learn_the_same(tmp_path: Path, cache_dir: Path, 
         assert_same_run(tmp_path / "1", tmp_path / str(world_size), 1e-9)
 
 
-def test_resume_is_exact(tmp_path: Path, cache_dir: Path) -> None:
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 1), (3, 2), (4, 1), (6, 1)])
+def test_resume_is_exact(tmp_path: Path, cache_dir: Path, world_size: int, accumulation: int) -> None:
+    """To the bit, on any number of ranks, in float32; the discriminator has several of DDP's buckets."""
+    settings = [
+        "train.precision=float32",
+        f"train.accumulation={accumulation}",
+        "model.discriminator_width=32",
+        "evaluation.metrics=[accuracy]",
+    ]
+    train(tmp_path / "straight", cache_dir, world_size, *settings)
+    train(tmp_path / "resumed", cache_dir, world_size, *settings, f"train.kimg={KIMG / 2}")
+    train(tmp_path / "resumed", cache_dir, world_size, *settings)
+    assert_same_run(tmp_path / "straight", tmp_path / "resumed", 0)
+
+
+def test_resume_on_another_number_of_ranks(tmp_path: Path, cache_dir: Path) -> None:
     straight, halfway = tmp_path / "straight", tmp_path / "halfway"
     train(straight, cache_dir, 2)
     train(halfway, cache_dir, 2, f"train.kimg={KIMG / 2}")
-    for world_size in (2, 1, 4):
+    for world_size in (1, 4):
         resumed = shutil.copytree(halfway, tmp_path / f"then-{world_size}")
         train(resumed, cache_dir, world_size)
-        assert_same_run(straight, resumed, 0 if world_size == 2 else 1e-9)
+        assert_same_run(straight, resumed, 1e-9)
     one_life = shutil.copytree(halfway, tmp_path / "2-1-4")
     for world_size, length in ((1, 0.75), (4, 1)):
         train(one_life, cache_dir, world_size, f"train.kimg={KIMG * length}")

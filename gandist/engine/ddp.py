@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +22,19 @@ NO_BUFFER_SYNC = {"forward_sync_buffers" if _renamed else "broadcast_buffers": F
 warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
 
 
+class _Exchanged(nn.Module):
+    """What DDP wraps: the objective. Called without inputs, a sum over its parameters whose gradient is zero."""
+
+    def __init__(self, objective: nn.Module):
+        super().__init__()
+        self.objective = objective
+
+    def forward(self, *inputs: Any) -> Any:
+        if inputs:
+            return self.objective(*inputs)
+        return sum((0.0 * parameter).sum() for parameter in self.parameters() if parameter.requires_grad)
+
+
 class DDPPlayer(Player):
     """DDP around the objective, compiled where asked, with fused Adam and, in float16, a loss scale."""
 
@@ -32,11 +46,22 @@ class DDPPlayer(Player):
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=precision.name == "float16")
         self._loss_scale = torch.tensor([self.scaler.get_scale(), 0.0], device=world.device)
         self.parallel = DistributedDataParallel(
-            objective,
+            _Exchanged(objective),
             device_ids=[world.device] if world.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
             **NO_BUFFER_SYNC,
         )
+        self._fix_buckets()
+
+    def _fix_buckets(self) -> None:
+        """Fixes the order in which gradients are exchanged.
+
+        After its first backward pass, DDP rebuilds its buckets in the order in which gradients became ready, once. Over 3 or
+        more ranks, the order changes how sums are rounded, so a resumed process would differ from one that goes on. Here the
+        first backward pass is the same in every process: gradients of zero, from the last parameter to the first.
+        """
+        self.parallel().backward()
+        self.optimizer.zero_grad()
 
     def exchanging(self, last: bool) -> AbstractContextManager:
         return nullcontext() if last else self.parallel.no_sync()
