@@ -17,7 +17,6 @@ from pathlib import Path
 
 import psutil
 import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 from benchmarks.report import header, table
 from gandist import checkpoint
@@ -156,9 +155,7 @@ def lose_a_node(settings: list[str], run_dir: Path) -> float:
 
 
 def weights(run_dir: Path) -> checkpoint.Tensors:
-    file = run_dir / "state.pt"
-    dcp_to_torch_save(checkpoint.complete_steps(run_dir)[-1], file)
-    return checkpoint.flatten(torch.load(file, weights_only=True))
+    return checkpoint.read(checkpoint.complete_steps(run_dir)[-1])
 
 
 def equal(a: checkpoint.Tensors, b: checkpoint.Tensors) -> bool:

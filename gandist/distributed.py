@@ -17,11 +17,13 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from gandist.errors import ConfigError, GandistError
 from gandist.launcher import Launch, read_launch, report
 from gandist.rendezvous import join_timeout, meet, roll_call
+from gandist.watchdog import Watchdog
 
 _set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # its name in older versions
 
 # When an exchange takes too long, NCCL's thread aborts the process, without a word of ours: gloo and the watchdog come first.
 NCCL_LATER = timedelta(seconds=60)
+AFTER_EXCHANGES = 5.0  # seconds by which the watchdog waits longer than an exchange, whose error says more
 
 # What gloo, NCCL and the store say, in this order.
 _LOST_PEER = (
@@ -53,6 +55,7 @@ class World:
     control: dist.ProcessGroup
     timeout: timedelta  # of the exchanges in any group
     groups: list[dist.ProcessGroup]  # whose exchanges training waits for
+    watchdog: Watchdog  # told of progress; watches where `watching` is entered
 
     @property
     def is_main(self) -> bool:
@@ -138,7 +141,8 @@ def connect(launch: Launch, device: torch.device, store: dist.Store, timeout_min
         present.item()
     try:
         groups = [dist.group.WORLD, control]
-        yield World(rank, size, launch.local_rank, launch.local_size, device, control, timeout, groups)
+        watchdog = Watchdog(timeout.total_seconds() + AFTER_EXCHANGES)
+        yield World(rank, size, launch.local_rank, launch.local_size, device, control, timeout, groups, watchdog)
     except BaseException:
         if size == 1:  # else a rank that fails must leave at once: the others may be inside a collective
             dist.destroy_process_group()

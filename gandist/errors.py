@@ -24,6 +24,10 @@ class CheckpointError(GandistError):
     """A checkpoint that cannot be written, or not be loaded."""
 
 
+class RunFolderError(GandistError):
+    """A run folder that this run may not write to: another one owns it."""
+
+
 class TrainingError(GandistError):
     """A run that cannot go on."""
 

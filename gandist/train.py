@@ -2,17 +2,19 @@
 
 import argparse
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from gandist import checkpoint
 from gandist.arguments import add_config
+from gandist.atomic import replace_text
 from gandist.config import RUN_CONFIG, Config
 from gandist.config_file import load_config
 from gandist.distributed import World, join_world, run
+from gandist.ownership import Claim, owning
 from gandist.preemption import ignore_signals
+from gandist.streams import lasting_streams
 from gandist.tracking import EVALUATIONS, METRICS, SAMPLES
 from gandist.trained import load_on_all_ranks
 from gandist.trainer import Trainer
@@ -53,42 +55,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.print_config:
         print(config.to_yaml(), end="")
         return
-    with join_world(config.train.timeout_minutes) as world:
+    with lasting_streams(), join_world(config.train.timeout_minutes) as world, world.watchdog.watching():
         finished, step = train(config, world, fresh=options.fresh, accepted=options.accept)
         ignore_signals()  # a late one must not end a process that has saved: Python gives up its handlers before it exits
         if world.is_main and OUTCOME in os.environ:
-            Path(os.environ[OUTCOME]).write_text(f"{'finished' if finished else 'stopped'} {step}\n")
+            replace_text(Path(os.environ[OUTCOME]), f"{'finished' if finished else 'stopped'} {step}\n")
 
 
 def train(config: Config, world: World, *, fresh: bool = False, accepted: Sequence[str] = ()) -> tuple[bool, int]:
     """Starts or resumes the run of `config`, to its end or until a signal stops it. Returns whether it ended, and its step.
 
     accepted: what may differ from the checkpoint's run, as for `Trainer.resume`
+    Raises RunFolderError where another run owns the run folder.
     """
+    with owning(config.run_dir, world) as claim:
+        trainer = Trainer(config, world, claim)
+        _run(trainer, claim, fresh=fresh, accepted=accepted)
+        return trainer.finished, trainer.step
+
+
+def _run(trainer: Trainer, claim: Claim | None, *, fresh: bool, accepted: Sequence[str]) -> None:
+    config, world = trainer.config, trainer.world
     run_dir = config.run_dir
-    trainer = Trainer(config, world)
-    begins = world.broadcast(fresh or not checkpoint.complete_steps(run_dir))
+    begins = world.broadcast(fresh or not checkpoint.all_steps(run_dir))
     source = load_on_all_ranks(config.train.init_from, world) if begins and config.train.init_from else None
-    with world.together():
-        if world.is_main:
-            if fresh and run_dir.exists():
-                shutil.move(run_dir, f"{run_dir}.before-{time.strftime('%Y%m%d-%H%M%S')}")
-            run_dir.mkdir(parents=True, exist_ok=True)
+    if fresh:
+        with world.together():
+            if claim:
+                claim.start_over(f"{run_dir}.before-{time.strftime('%Y%m%d-%H%M%S')}")
     resumed = trainer.resume(accepted)
     say = print if world.is_main else lambda text: None
     if source:
         say(trainer.start_from(source))
-    if trainer.finished:
+    if trainer.finished and not trainer.unconfirmed_best():
         say(f"{run_dir} is finished: {trainer.images / 1000:g} kimg; train.kimg={config.train.kimg * 2:g} trains it further")
-        return trainer.finished, trainer.step
+        return
     with world.together():
         if world.is_main:
-            (run_dir / RUN_CONFIG).write_text(config.to_yaml())
+            replace_text(run_dir / RUN_CONFIG, config.to_yaml())
     say(trainer.describe() + (f"\nresumed from {resumed}" if resumed else ""))
     trainer.train()
     if not trainer.finished:
         say(f"stopped by a signal at kimg {trainer.images / 1000:g} and saved; the same command goes on from there")
-        return trainer.finished, trainer.step
+        return
     if trainer.total_skipped:
         say(f"{trainer.total_skipped:,} images could not be used; their neighbours stood in for them (data.on_error=skip)")
     say(
@@ -97,7 +106,6 @@ def train(config: Config, world: World, *, fresh: bool = False, accepted: Sequen
         f"  numbers      {run_dir / EVALUATIONS} and {METRICS}\n"
         f"  checkpoints  {run_dir / checkpoint.FOLDER}"
     )
-    return trainer.finished, trainer.step
 
 
 if __name__ == "__main__":

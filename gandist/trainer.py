@@ -30,22 +30,22 @@ from gandist.engine import (
 )
 from gandist.environment import describe_start
 from gandist.errors import ConfigError, DataError, TrainingError
-from gandist.evaluation.evaluator import Evaluator
+from gandist.evaluation.evaluator import BEST, Evaluation, Evaluator
 from gandist.flops import count_run, peak_flops
+from gandist.json_lines import read_rows
 from gandist.models import build_discriminator, build_generator, freeze, recompute_activations
 from gandist.models.spectral_norm import FIRST_ITERATIONS, power_iteration
 from gandist.objective import DiscriminatorObjective, GeneratorObjective
+from gandist.ownership import Claim
 from gandist.preemption import Stopped, StopRequest
 from gandist.preview import Preview
 from gandist.profiling import StepProfiler
 from gandist.randomness import Columns, Purpose, StepRandomness
 from gandist.schedule import number_at, scheduled
 from gandist.summary import describe, summarize
-from gandist.tracking import Meter, Scalars, Tracker, open_trackers
+from gandist.tracking import EVALUATIONS, Meter, Samples, Scalars, Trackers, open_trackers
 from gandist.trained import TrainedGAN, take_over
-from gandist.watchdog import Watchdog
 
-AFTER_EXCHANGES = 5.0  # s by which the watchdog waits longer than an exchange does, which knows better what is wrong
 NAMED_SKIPS = 10  # skipped samples that are named, and that are always allowed
 
 
@@ -55,9 +55,10 @@ class Trainer:
 
     images:             real images shown to the discriminator so far
     evaluation_pending: whether this step is yet to be evaluated: a stop may come in the midst of it
+    claim:              on the run folder; None: nothing is written there, or by another rank
     """
 
-    def __init__(self, config: Config, world: World):
+    def __init__(self, config: Config, world: World, claim: Claim | None = None):
         _check_batch_size(config, world)
         self.config = config
         self.world = world
@@ -67,7 +68,8 @@ class Trainer:
                 "evaluation.metrics has cas, which trains a classifier each time: measure it when the run has ended, with "
                 f"python -m gandist.evaluate {config.run_dir} metrics=[cas]"
             )
-        self.watchdog = Watchdog(config.train.timeout_minutes * 60 + AFTER_EXCHANGES)
+        self.watchdog = world.watchdog
+        self._confirm_owner = claim.confirm if claim else lambda: None
         self.step = 0
         self.images = 0
         self.evaluation_pending = False
@@ -125,7 +127,7 @@ class Trainer:
         self.meter = Meter(world)
         self.skipped: list[str] = []  # on this rank, since the last report
         self.total_skipped = 0  # on all ranks
-        self.saver = checkpoint.Saver(config.run_dir, config.checkpoint, world)
+        self.saver = checkpoint.Saver(config.run_dir, config.checkpoint, world, self._confirm_owner)
         self._start_interval()
 
     @property
@@ -152,48 +154,61 @@ class Trainer:
             keep_compiled(self.config.run_dir / "compiled", self.world)
         start = {"step": self.step, **describe_start(self.world), **self._summarize()}
         trackers = open_trackers(self.config, start, self.world, step=self.step)
-        self.preview = self._open_preview() if trackers else None
-        for tracker in trackers:
-            tracker.real(self.preview.real_grid)
+        if trackers:
+            self.preview = self._open_preview()
+            trackers.real(self.preview.real_grid)
         stop = StopRequest(self.world)
-        with self.watchdog.watching():
-            with closing(self._open_batches()) as batches, self.saver, self._open_profiler() as profiler:
-                stopped = self._train(batches, trackers, stop, profiler)
-            if self.config.checkpoint.best and not stopped:
-                self._confirm_best(trackers, stop)
-        for tracker in trackers:
-            tracker.finish()
+        with closing(self._open_batches()) as batches, self.saver, self._open_profiler() as profiler:
+            stopped = self._train(batches, trackers, stop, profiler)
+        if not stopped:
+            self._confirm_best(trackers, stop)
+        self.watchdog.doing("ending what tracks the run")
+        trackers.finish()
 
-    def _train(
-        self, batches: Iterator[DeviceBatch], trackers: list[Tracker], stop: StopRequest, profiler: StepProfiler
-    ) -> bool:
-        """Whether a request to stop came before the end."""
+    def _train(self, batches: Iterator[DeviceBatch], trackers: Trackers, stop: StopRequest, profiler: StepProfiler) -> bool:
+        """Whether a request to stop came before the end.
+
+        A step is saved before anything is told of it: to tell can fail or take long, as where a terminal is gone.
+        """
         config = self.config
         stopping = False
         self._start_interval()
         while not (self.finished or stopping):
-            saving, logging = self.evaluation_pending, False  # pending here: a stop came in the midst of it
+            report, samples, evaluation = None, None, None
+            saving = self.evaluation_pending  # the process before this one was stopped in this evaluation
             if not self.evaluation_pending:
                 self.train_step(batches)
                 profiler.step()
-                for tracker in trackers:
-                    tracker.step(self.progress)
                 stopping = stop.agreed()
                 self.evaluation_pending = bool(config.evaluation.metrics) and self._due(config.evaluation.every_kimg)
                 saving = stopping or self._checkpoint_due()
                 drawing = self._due(config.tracking.samples_every_kimg)
-                logging = saving or drawing or self._due(config.tracking.every_kimg)
-                drawn = self._draw_samples(trackers) if drawing else {}
-                if logging:
-                    self._log(trackers, drawn)
+                if saving or drawing or self._due(config.tracking.every_kimg):
+                    report = self._report_interval()
+                if drawing and trackers:
+                    samples = self.preview.draw(self.ema.module, self.discriminator.network)
             if self.evaluation_pending and not stopping:
-                stopping = not self._evaluate(trackers, stop)
+                evaluation = self._evaluate(stop)
+                stopping = evaluation is None
                 saving |= stopping
             if saving:
                 self.save()
-            if logging:
-                self._start_interval()
+            self._tell(trackers, report, samples, evaluation)
         return stopping
+
+    def _tell(self, trackers: Trackers, report: Scalars | None, samples: Samples | None, evaluation: Evaluation | None) -> None:
+        """Everything about this step that there is to tell."""
+        if report or samples or evaluation:
+            self._confirm_owner()
+        trackers.step(self.progress)
+        if samples:
+            trackers.samples(self.progress, samples)
+        if report:
+            trackers.scalars(self.progress, report | (samples.scalars if samples else {}))
+        if evaluation:
+            trackers.evaluation(self.progress, evaluation)
+        if report:
+            self._start_interval()
 
     def train_step(self, batches: Iterator[DeviceBatch]) -> None:
         """One iteration of Goodfellow et al. 2014 (1406.2661), algorithm 1: updates of D, one of G, one of the average."""
@@ -372,9 +387,10 @@ class Trainer:
         self.interval_images = self.images
         self.data_wait = 0.0
 
-    def _log(self, trackers: list[Tracker], drawn: Scalars) -> None:
+    def _report_interval(self) -> Scalars:
+        """What the steps since the last report amount to. Every rank calls it. Raises GandistError where the run must stop."""
         self.saver.check()
-        values = self._report_guards() | self.meter.read() | self._report_skipped() | drawn
+        values = self._report_guards() | self.meter.read() | self._report_skipped()
         seconds = time.perf_counter() - self.interval_start
         rate = (self.images - self.interval_images) / seconds
         values |= {
@@ -391,8 +407,7 @@ class Trainer:
             values["throughput/tflops"] = achieved / 1e12  # of a rank
             if peak := peak_flops(self.world.device, self.precision.name):
                 values["throughput/mfu"] = achieved / peak
-        for tracker in trackers:
-            tracker.scalars(self.progress, values)
+        return values
 
     def _report_guards(self) -> dict[str, float]:
         """Counts the updates that were left out. Raises TrainingError where the run must stop."""
@@ -421,41 +436,39 @@ class Trainer:
             )
         return {"data/skipped": self.total_skipped}
 
-    def _draw_samples(self, trackers: list[Tracker]) -> Scalars:
-        """What is to be logged of them."""
-        if not trackers:
-            return {}
-        samples = self.preview.draw(self.ema.module, self.discriminator.network)
-        for tracker in trackers:
-            tracker.samples(self.progress, samples)
-        return {} if samples.diversity is None else {"health/diversity": samples.diversity}
-
-    def _evaluate(self, trackers: list[Tracker], stop: StopRequest) -> bool:
-        """False where a request to stop came first."""
+    def _evaluate(self, stop: StopRequest) -> Evaluation | None:
+        """None where a request to stop came first."""
         generator = self.ema.module if self.config.evaluation.ema else self.generator.network
         try:
             evaluation = self.evaluator(
                 generator, self.discriminator.network, **self.progress, between_batches=self._evaluating(stop)
             )
         except Stopped:
-            return False
+            return None
         self.evaluation_pending = False
         self.measured = {record.metric: record.value for record in evaluation.records}
-        for tracker in trackers:
-            tracker.evaluation(self.progress, evaluation)
-        return True
+        return evaluation
 
-    def _confirm_best(self, trackers: list[Tracker], stop: StopRequest) -> None:
-        """Measures the checkpoint that is best by `checkpoint.best` once more, with another seed: the best of many values is so
-        by luck as well, and too good."""
-        path = self.world.broadcast(checkpoint.best(self.config.run_dir, self.config.checkpoint))
+    def unconfirmed_best(self) -> Path | None:
+        """The checkpoint that is best by `checkpoint.best`, on every rank; None where it has been measured again already."""
+        run_dir, best = self.config.run_dir, None
+        if self.world.is_main:
+            best = checkpoint.best(run_dir, self.config.checkpoint)
+            rows = read_rows(run_dir / EVALUATIONS, "metric", "step")
+            confirmed = {row["step"] for row in rows if row["metric"].startswith(f"{BEST}/")}
+            if best and checkpoint.read_meta(best)["step"] in confirmed:
+                best = None
+        return self.world.broadcast(best)
+
+    def _confirm_best(self, trackers: Trackers, stop: StopRequest) -> None:
+        """Measures the best checkpoint once more, with another seed: the best of many noisy values is biased."""
+        path = self.unconfirmed_best()
         if path is None or checkpoint.verify(path, self.world):
             return
         options = {"seed": self.evaluator.seed + 1, "between_batches": self._evaluating(stop)}
         with suppress(Stopped):
-            evaluation = self.evaluator.measure_checkpoint(path, **options).renamed("best")
-            for tracker in trackers:
-                tracker.evaluation(self.progress, evaluation)
+            evaluation = self.evaluator.measure_checkpoint(path, **options).renamed(BEST)
+            self._tell(trackers, None, None, evaluation)
 
     def _evaluating(self, stop: StopRequest) -> Callable[[], None]:
         """What an evaluation does between two batches."""

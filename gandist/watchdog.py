@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from gandist.launcher import report
 
 EXIT_STATUS = 1
+STARTING = 3.0  # times as long as anything else it may take to build the networks
 
 
 class Watchdog:
@@ -22,7 +23,7 @@ class Watchdog:
 
     def __init__(self, seconds: float):
         self.seconds = seconds
-        self.doing("starting")
+        self.doing("starting", patience=STARTING)
 
     def doing(self, what: str, *, patience: float = 1.0) -> None:
         """Progress: what the rank does now, as in 'waiting for data'. It may take `patience` times as long as usual."""
@@ -32,7 +33,7 @@ class Watchdog:
     @contextmanager
     def watching(self) -> Iterator[None]:
         over = threading.Event()
-        self.doing("starting")
+        self.doing("starting", patience=STARTING)
         thread = threading.Thread(target=self._watch, args=(over,), name="watchdog", daemon=True)
         thread.start()
         try:

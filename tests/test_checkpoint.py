@@ -5,12 +5,13 @@ import math
 import os
 import pickle
 import re
+import resource
 import shutil
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
+import gandist
 from gandist import checkpoint
 from gandist.checkpoint import retention, saving
 from gandist.checkpoint.__main__ import main as command
-from gandist.checkpoint.tensors import flatten, share
+from gandist.checkpoint.tensors import assign, flatten
 from gandist.config import CheckpointConfig, Config, DataConfig, ModelConfig
 from gandist.config_file import load_config
 from gandist.distributed import World, join_world
@@ -84,7 +85,7 @@ def test_the_manifest_can_be_checked_by_hand(run_dir: Path) -> None:
         assert result.stdout.count(": OK") == len(list(path.iterdir())) - 1
 
 
-@pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", "meta.json"])
+@pytest.mark.parametrize("file", ["rank-00000.safetensors", "index.json", "meta.json"])
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
 def test_damage_is_set_aside(run_dir: Path, world: World, capsys, file: str, damage: str) -> None:
     victim = run_dir / "checkpoints" / "step-00000002" / file
@@ -108,7 +109,7 @@ def test_an_empty_manifest_is_damage(run_dir: Path, world: World) -> None:
 
 def test_all_damaged_is_an_error_now_and_later(run_dir: Path, world: World) -> None:
     for path in checkpoint.complete_steps(run_dir):
-        flip_a_byte(path / "__0_0.distcp")
+        flip_a_byte(path / "rank-00000.safetensors")
     for _ in range(2):
         with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged .*--fresh"):
             checkpoint.newest(run_dir, world)
@@ -125,9 +126,13 @@ def test_an_unfinished_save_is_no_checkpoint(run_dir: Path, world: World) -> Non
 
 
 def test_a_save_that_fails_leaves_the_others(run_dir: Path, world: World) -> None:
-    broken = {"generator": {"network": {"weight": torch.zeros(7, device="meta")}}}  # cannot be written
-    with pytest.raises(CheckpointError, match=r"cannot save .*step-00000003: .*\. The checkpoints before it are intact"):
-        checkpoint.save(run_dir, 3, broken, {"step": 3}, world)
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, most[1]))  # bytes of a file
+    try:
+        with pytest.raises(CheckpointError, match=r"step-00000003: .*rank-00000.*File too large.*before it are intact"):
+            save(run_dir, 3, world)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["step-00000001", "step-00000002"]
     assert load(run_dir, world) == (2, 2.0)
 
@@ -149,9 +154,11 @@ def test_meta_is_json(run_dir: Path) -> None:
 def test_ranks_share_the_tensors() -> None:
     tensors = flatten({"a": {str(size): torch.zeros(size) for size in (5000, 3000, 2000, 10)}, "b": {"one": torch.zeros(())}})
     for size in (1, 2, 3, 8):
-        shares = [share(tensors, rank, size) for rank in range(size)]
-        assert sorted(path for mine in shares for path in mine) == sorted(tensors), "each once"
-    shares = [sum(tensor.nbytes for tensor in share(tensors, rank, 2).values()) for rank in range(2)]
+        writers = assign(tensors, size)
+        assert writers.keys() == tensors.keys()
+        assert {*writers.values()} <= {*range(size)}
+    writers = assign(tensors, 2)
+    shares = [sum(tensors[path].nbytes for path, writer in writers.items() if writer == rank) for rank in range(2)]
     assert max(shares) < 1.1 * min(shares)
 
 
@@ -180,8 +187,8 @@ def test_a_missing_rank_file_is_found(tmp_path: Path) -> None:
     run_ranks(4, _save_few, tmp_path)
     newest = tmp_path / "checkpoints" / "step-00000002"
     assert run_ranks(3, _load_few, tmp_path) == [("step-00000002", [2.0], "")] * 3
-    (newest / "__1_0.distcp").unlink()
-    said = f"warning: {newest} is not whole: no __1_0.distcp; set aside as step-00000002.damaged\n"
+    (newest / "rank-00001.safetensors").unlink()
+    said = f"warning: {newest} is not whole: no rank-00001.safetensors; set aside as step-00000002.damaged\n"
     assert run_ranks(2, _load_few, tmp_path) == [("step-00000001", [1.0], said), ("step-00000001", [1.0], "")]
 
 
@@ -195,7 +202,7 @@ def _save_apart(run_dir: Path) -> str:
 
 def test_nodes_that_share_no_disk_are_found_before_anything_counts_as_saved(tmp_path: Path) -> None:
     for message in run_ranks(2, _save_apart, tmp_path):
-        assert "__1_0.distcp is not there on rank 0: all nodes must share run_dir" in message
+        assert re.search(r"/node-1/.* is not there on rank 1: all nodes must share run_dir", message)
     assert not list(tmp_path.glob("*/checkpoints/step-*"))
 
 
@@ -212,20 +219,39 @@ class Trap:
         return Path.touch, (self.file,)
 
 
-@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp"])
-def test_nothing_is_unpickled_before_it_is_verified(run_dir: Path, world: World, tmp_path: Path, file: str) -> None:
-    (run_dir / "config.yaml").write_text(Config().to_yaml())
-    victim = run_dir / "checkpoints" / "step-00000002" / file
-    victim.write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
-    for arguments in (["consolidate", "--all"], ["verify"], ["ls"], ["prune", "--keep", "1"]):
-        try:
-            command([*arguments, str(run_dir)])
-        except (CheckpointError, SystemExit):
-            assert arguments != ["ls"]
-    assert load(run_dir, world) == (1, 1.0)
+def resum(path: Path) -> None:
+    """Makes SHA256SUMS fit whatever the files are now."""
+    names = sorted(file.name for file in path.iterdir() if file.name != "SHA256SUMS")
+    (path / "SHA256SUMS").write_text("".join(f"{checkpoint.folder.sha256(path / name)}  {name}\n" for name in names))
+
+
+@pytest.mark.parametrize("file", ["index.json", "rank-00000.safetensors", "meta.json", ".metadata"])
+def test_nothing_of_a_checkpoint_is_unpickled(copied: Path, world: World, tmp_path: Path, file: str) -> None:
+    """Also where whoever wrote it wrote the checksums as well; .metadata is what older versions unpickled."""
+    for path in checkpoint.complete_steps(copied):
+        (path / file).write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
+        if file == ".metadata":
+            (path / "index.json").unlink()
+        resum(path)
+    path = copied / "checkpoints" / "step-00000006"
+    attempts = [
+        lambda: command(["consolidate", "--all", str(copied)]),
+        lambda: command(["verify", str(copied)]),
+        lambda: command(["ls", str(copied)]),
+        lambda: gandist.load(copied),
+        lambda: checkpoint.load(path, state(0.0), world),
+        lambda: checkpoint.newest(copied, world),
+    ]
+    for attempt in attempts:
+        with suppress(GandistError, SystemExit, ValueError, FileNotFoundError):
+            attempt()
     assert not (tmp_path / "sprung").exists()
     pickle.loads(pickle.dumps(Trap(tmp_path / "sprung")))
     assert (tmp_path / "sprung").exists(), "the trap works"
+    if file == ".metadata":
+        assert path.is_dir(), "not set aside as damaged"
+        with pytest.raises(CheckpointError, match="saved by an older version of gandist"):
+            checkpoint.newest(copied, world)
 
 
 # ----------------------------------------------------------------------------------------------------------- retention
@@ -326,7 +352,7 @@ class Events(list):
         self.at_third = at_third
 
     def __enter__(self) -> "Events":
-        step, write = Trainer.train_step, saving._write_shards
+        step, write = Trainer.train_step, saving._write_tensors
 
         def train_step(trainer: Trainer, batches: Iterator) -> None:
             step(trainer, batches)
@@ -334,17 +360,17 @@ class Events(list):
             if trainer.step == 3:
                 self.at_third()
 
-        def write_slowly(partial: Path, *arguments: Any) -> None:
-            number = int(partial.name.rpartition("-")[2])
+        def write_slowly(file: Path, *arguments: Any) -> None:
+            number = int(file.parent.name.split("-")[2])
             self.append(("begin", number))
             deadline = time.monotonic() + 1
             while ("step", number + 2) not in self and time.monotonic() < deadline:
                 time.sleep(0.005)
             time.sleep(0.1)  # the next one is due
-            write(partial, *arguments)
+            write(file, *arguments)
             self.append(("end", number))
 
-        self.patches = patch.object(Trainer, "train_step", train_step), patch.object(saving, "_write_shards", write_slowly)
+        self.patches = patch.object(Trainer, "train_step", train_step), patch.object(saving, "_write_tensors", write_slowly)
         for each in self.patches:
             each.start()
         return self
@@ -440,7 +466,7 @@ def test_an_error_of_one_rank_is_everyones(tmp_path: Path, cache_dir: Path, numb
             assert steps(folder) == [2, 6]
         else:
             assert f"cannot save {folder / 'checkpoints' / f'step-{number:08d}'}: " in error
-            assert "__1_0.distcp: Input/output error. The checkpoints before it are intact" in error
+            assert "rank-00001.safetensors: Input/output error. The checkpoints before it are intact" in error
             assert steps(folder) == ([2] if number == 4 else [2, 4])
 
 
@@ -454,9 +480,9 @@ def _with_a_full_disk(run_dir: Path, disk: Path, configs: dict[str, Config]) -> 
         with filler.open("ab") as file:
             file.write(bytes(shutil.disk_usage(disk).free - but))
 
-    def save_while_another_fills(*arguments: Any, really: Callable = dcp.save, **options: Any) -> None:
+    def save_while_another_fills(*arguments: Any, really: Callable = saving.save_file) -> None:
         fill(but=100_000)
-        really(*arguments, **options)
+        really(*arguments)
 
     def train_and_clear(trainer: Trainer, batches: Iterator, really: Callable = Trainer.train_step) -> None:
         really(trainer, batches)
@@ -466,7 +492,7 @@ def _with_a_full_disk(run_dir: Path, disk: Path, configs: dict[str, Config]) -> 
     with join_world() as world:
         large = {"weight": torch.ones(200_000)}
         checkpoint.save(run_dir, 1, large, {"step": 1}, world)
-        with patch.object(saving.dcp, "save", save_while_another_fills), pytest.raises(CheckpointError) as full:
+        with patch.object(saving, "save_file", save_while_another_fills), pytest.raises(CheckpointError) as full:
             checkpoint.save(run_dir, 2, large, {"step": 2}, world)
         with pytest.raises(CheckpointError) as known:
             checkpoint.save(run_dir, 2, large, {"step": 2}, world)
@@ -649,20 +675,20 @@ def test_ls_and_verify(copied: Path, capsys) -> None:
     command(["verify", str(copied)])
     assert capsys.readouterr().out.count(": whole, ") == 3
     folder = copied / "checkpoints"
-    flip_a_byte(folder / "step-00000004" / "__1_0.distcp")
+    flip_a_byte(folder / "step-00000004" / "rank-00001.safetensors")
     (folder / "step-00000006" / "SHA256SUMS").unlink()
     (folder / "step-00000001.damaged").mkdir()
     with pytest.raises(SystemExit) as failure:
         command(["verify", str(copied)])
     assert failure.value.code == 1
     captured = capsys.readouterr()
-    assert f"step-00000004: DAMAGED: {folder / 'step-00000004' / '__1_0.distcp'} does not match" in captured.out
-    assert f"step-00000006: DAMAGED: {folder / 'step-00000006' / 'SHA256SUMS'} cannot be read" in captured.out
+    assert f"step-00000004: DAMAGED: {folder / 'step-00000004' / 'rank-00001.safetensors'} does not match" in captured.out
+    assert f"step-00000006: DAMAGED: {folder / 'step-00000006'} is not whole: no SHA256SUMS" in captured.out
     assert captured.out.count(": whole, ") == 1
     assert captured.err.startswith("2 damaged")
     command(["ls", str(copied)])
     out = capsys.readouterr().out
-    assert "SHA256SUMS cannot be read" in out
+    assert "is not whole: no SHA256SUMS" in out
     assert "step-00000001.damaged: was damaged and set aside" in out
     with pytest.raises(CheckpointError, match="there are no checkpoints in"):
         command(["verify", str(folder)])
@@ -674,9 +700,9 @@ def test_prune(copied: Path, capsys) -> None:
     command(["prune", str(copied), "--keep", "1", "--dry-run"])
     assert re.match(r"would remove step-00000002, \d\.\d MB\nwould remove step-00000004, ", capsys.readouterr().out)
     assert steps(copied) == [2, 4, 6]
-    newest = copied / "checkpoints" / "step-00000006" / "__0_0.distcp"
+    newest = copied / "checkpoints" / "step-00000006" / "rank-00000.safetensors"
     flip_a_byte(newest)
-    with pytest.raises(CheckpointError, match=r"nothing is removed, as the newest checkpoint is damaged: .*__0_0"):
+    with pytest.raises(CheckpointError, match=r"nothing is removed, as the newest checkpoint is damaged: .*rank-00000"):
         command(["prune", str(copied), "--keep", "1"])
     flip_a_byte(newest)
     command(["prune", str(copied), "--keep", "1"])
@@ -703,6 +729,8 @@ def test_consolidate(copied: Path, tmp_path: Path) -> None:
     assert whole["discriminator"]["optimizer"]
     with pytest.raises(CheckpointError, match=r"there is no .*step-00000005; there are step-00000002, "):
         command(["consolidate", str(copied), "--step", "5"])
-    flip_a_byte(copied / "checkpoints" / "step-00000006" / "__0_0.distcp")
-    with pytest.raises(CheckpointError, match=r"__0_0\.distcp does not match SHA256SUMS: choose another one with --step"):
+    flip_a_byte(copied / "checkpoints" / "step-00000006" / "rank-00000.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"rank-00000\.safetensors does not match SHA256SUMS: choose another one with --step"
+    ):
         command(["consolidate", str(copied)])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from safetensors.torch import load_file
 
 from gandist import checkpoint
 from gandist.train import main
@@ -40,17 +40,8 @@ def train(run_dir: Path, cache_dir: Path, world_size: int, *overrides: str) -> N
 
 def final_state(run_dir: Path) -> dict[str, torch.Tensor]:
     """Every tensor of the newest checkpoint, by name."""
-    file = run_dir / "state.pt"
-    dcp_to_torch_save(checkpoint.complete_steps(run_dir)[-1], file)
-    return dict(flatten(torch.load(file, weights_only=True)))
-
-
-def flatten(tree: dict, prefix: str = ""):
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{prefix}{name}/")
-        else:
-            yield prefix + name, value
+    files = checkpoint.complete_steps(run_dir)[-1].glob("*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
 
 
 def rows(run_dir: Path, file: str) -> list[dict]:

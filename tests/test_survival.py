@@ -10,8 +10,10 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import psutil
 import pytest
@@ -19,6 +21,7 @@ import torch
 
 from gandist import checkpoint
 from gandist.config import TrainConfig
+from gandist.evaluation.evaluator import Evaluation, Evaluator
 from gandist.train import main
 from tests.ranks import ROOT, run_and_kill, run_command, run_ranks
 from tests.test_promises import final_state
@@ -174,16 +177,14 @@ def test_a_cut_cable_ends_both_ranks(tmp_path: Path, cache_dir: Path, two_nodes:
 def interrupted_evaluation(run_dir: Path, cache_dir: Path) -> None:
     """A signal reaches one rank while generated images are judged."""
 
-    def interrupt() -> None:
-        while not (run_dir / "samples" / "step-00000002.png").exists():  # drawn before the evaluation
-            time.sleep(0.01)
-        time.sleep(0.5)
+    def evaluate(evaluator: Evaluator, *arguments: Any, really: Callable = Evaluator.__call__, **options: Any) -> Evaluation:
         if os.environ["RANK"] == "1":
-            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return really(evaluator, *arguments, **options)
 
-    threading.Thread(target=interrupt, daemon=True).start()
     many = ["train.kimg=0.128", "evaluation.metrics=[accuracy,fd_classifier]", "evaluation.num_images=10000000"]
-    main(options(run_dir, cache_dir, *many))
+    with patch.object(Evaluator, "__call__", evaluate):
+        main(options(run_dir, cache_dir, *many))
 
 
 def test_a_stop_in_an_evaluation_is_followed_at_once_and_the_evaluation_made_up_for(tmp_path: Path, cache_dir: Path) -> None:

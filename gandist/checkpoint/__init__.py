@@ -5,7 +5,7 @@ and how the run was made; and `SHA256SUMS` (`sha256sum -c SHA256SUMS` checks it 
 when all of it is on the disk.
 """
 
-from gandist.checkpoint.folder import FOLDER, checkpoint_path, complete_steps, is_checkpoint, read_meta
+from gandist.checkpoint.folder import FOLDER, all_steps, checkpoint_path, complete_steps, is_checkpoint, read_meta
 from gandist.checkpoint.identity import refuse_other_run
 from gandist.checkpoint.loading import AVERAGED, choose, load, newest, read, verify
 from gandist.checkpoint.retention import best
@@ -17,6 +17,7 @@ __all__ = [
     "FOLDER",
     "Saver",
     "Tensors",
+    "all_steps",
     "best",
     "checkpoint_path",
     "choose",

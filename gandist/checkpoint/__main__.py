@@ -84,7 +84,7 @@ def prune(options: argparse.Namespace) -> None:
 
 def consolidate(options: argparse.Namespace) -> None:
     path = _chosen(options)
-    if damage := find_damage(path):  # before anything of it is unpickled
+    if damage := find_damage(path):
         raise CheckpointError(f"{damage}: choose another one with --step")
     state = nest(read(path)) if options.all else nest(read(path, AVERAGED))[AVERAGED]
     kind = "state" if options.all else "generator"

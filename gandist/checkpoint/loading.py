@@ -2,27 +2,28 @@
 
 import shutil
 import sys
-import warnings
-from collections.abc import Set
+from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
+from safetensors import SafetensorError, safe_open
 
 from gandist.checkpoint.folder import (
     DAMAGED,
     FOLDER,
+    all_steps,
     checkpoint_path,
-    complete_steps,
     find_damage,
     is_checkpoint,
     mismatches,
+    read_index,
     read_sums,
+    restore_replaced,
 )
 from gandist.checkpoint.retention import best
-from gandist.checkpoint.tensors import Tensors, flatten, nest
+from gandist.checkpoint.tensors import Tensors, flatten, name_of, path_of
 from gandist.config import CheckpointConfig
 from gandist.distributed import World
 from gandist.errors import CheckpointError
@@ -36,7 +37,12 @@ def newest(run_dir: Path, world: World) -> Path | None:
 
     A damaged one is renamed to `….damaged` and the one before it is taken. Raises CheckpointError if all are damaged.
     """
-    candidates = world.broadcast(complete_steps(run_dir))
+    candidates = []
+    with world.together():
+        if world.is_main:
+            restore_replaced(run_dir)
+            candidates = all_steps(run_dir)
+    candidates = world.broadcast(candidates)
     for path in reversed(candidates):
         damage = verify(path, world)
         if not damage:
@@ -70,7 +76,7 @@ def choose(path: Path, *, step: int | None = None, best_by: CheckpointConfig | N
             raise CheckpointError(f"no checkpoint of {path} has a value of checkpoint.best={best_by.best}: name a step")
     elif step is not None:
         chosen = checkpoint_path(path, step)
-        if chosen not in (known := complete_steps(path)):
+        if chosen not in (known := all_steps(path)):
             names = ", ".join(each.name for each in known) or "none"
             raise CheckpointError(f"{path} has no checkpoint {chosen.name}; there are: {names}")
     else:
@@ -81,7 +87,7 @@ def choose(path: Path, *, step: int | None = None, best_by: CheckpointConfig | N
 
 
 def _newest_whole(run_dir: Path) -> Path:
-    candidates = complete_steps(run_dir)
+    candidates = all_steps(run_dir)
     for path in reversed(candidates):
         damage = find_damage(path)
         if not damage:
@@ -96,7 +102,11 @@ def _newest_whole(run_dir: Path) -> Path:
 
 def verify(path: Path, world: World) -> str | None:
     """What is wrong with a checkpoint, or None. The ranks share the work."""
-    sums, damage = world.broadcast(read_sums(path) if world.is_main else None)
+    found = None
+    with world.together():
+        if world.is_main:
+            found = read_sums(path)
+    sums, damage = world.broadcast(found)
     if damage:
         return damage
     with world.together():
@@ -115,41 +125,37 @@ def load(path: Path, state: dict[str, Any], world: World, *, entire: bool = Fals
     entire: whether it may have no tensor that `state` has not
     What objectives keep may be missing or left over in either: a run may go on with other losses.
     """
-    try:
-        saved = dcp.FileSystemReader(path).read_metadata().state_dict_metadata.keys()
-        if entire:
-            _refuse_what_is_left(path, saved, state)
-        tensors = {name: tensor for name, tensor in flatten(state).items() if ".".join(name) in saved or OBJECTIVE not in name}
-        dcp.load(nest(tensors), checkpoint_id=path, process_group=world.control)
-    except CheckpointException as error:
-        raise _misfit(path, root_cause(error)) from error
+    saved = read_index(path).keys()
+    tensors = {name_of(each): tensor for each, tensor in flatten(state).items()}
+    if left := sorted(name for name in saved - tensors.keys() if OBJECTIVE not in path_of(name)) if entire else []:
+        raise _misfit(path, f"it has {left[0]}, and this configuration has not ({len(left)} such tensors)")
+    if missing := sorted(name for name in tensors.keys() - saved if OBJECTIVE not in path_of(name)):
+        raise _misfit(path, f"it does not have {missing[0]} ({len(missing)} such tensors)")
+    with world.together(), torch.no_grad():
+        for name, source in _read_tensors(path, tensors.keys() & saved):
+            if source.shape != tensors[name].shape:
+                sizes = f"{list(source.shape)} there, {list(tensors[name].shape)} now"
+                raise _misfit(path, f"the size of {name} is another one: {sizes}")
+            tensors[name].copy_(source)
 
 
 def read(path: Path, *parts: str) -> Tensors:
-    """The tensors of a verified checkpoint, or those whose path begins with one of these names; by this process alone."""
-    metadata = dcp.FileSystemReader(path).read_metadata()
-    named = {
-        name: torch.empty(stored.size, dtype=stored.properties.dtype)
-        for name, stored in metadata.state_dict_metadata.items()
-        if not parts or metadata.planner_data[name][0] in parts
-    }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no process group
-        dcp.load(named, checkpoint_id=path, no_dist=True)
-    return {metadata.planner_data[name]: tensor for name, tensor in named.items()}
+    """The tensors of a verified checkpoint, on the CPU; parts: only those of these parts of the state."""
+    names = [name for name in read_index(path) if not parts or path_of(name)[0] in parts]
+    return {path_of(name): tensor for name, tensor in _read_tensors(path, names)}
 
 
-def _refuse_what_is_left(path: Path, saved: Set[str], state: dict[str, Any]) -> None:
-    known = {".".join(name) for name in flatten(state)}
-    if left := sorted(name for name in saved - known if OBJECTIVE not in name.split(".")):
-        raise _misfit(path, f"it has {left[0]}, and this configuration has not ({len(left)} such tensors)")
+def _read_tensors(path: Path, names: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """These tensors, file by file, on the CPU."""
+    index = read_index(path)
+    for file, group in groupby(sorted(names, key=index.__getitem__), index.__getitem__):
+        try:
+            with safe_open(path / file, "pt") as tensors:
+                for name in group:
+                    yield name, tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise CheckpointError(f"{path / file} is not whole: {error}") from error
 
 
 def _misfit(path: Path, reason: str) -> CheckpointError:
     return CheckpointError(f"{path} does not fit this configuration: {reason}", on_every_rank=True)
-
-
-def root_cause(error: CheckpointException) -> str:
-    """The first rank's reason, without the tracebacks that follow."""
-    cause = next(iter(error.failures.values()))[0]
-    return " ".join(str(cause).split())

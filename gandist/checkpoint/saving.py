@@ -1,6 +1,7 @@
 """Writing checkpoints: whole or not at all, in the foreground or in the background."""
 
 import json
+import secrets
 import shutil
 import threading
 from collections.abc import Callable
@@ -13,13 +14,24 @@ from typing import Any, Self
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from gandist.checkpoint.folder import META, SUMS, UNFINISHED, checkpoint_path, sha256, sync, write_synced
-from gandist.checkpoint.loading import root_cause
+from gandist.atomic import sync, write_synced
+from gandist.checkpoint.folder import (
+    FOLDER,
+    INDEX,
+    META,
+    REPLACED,
+    SUMS,
+    UNFINISHED,
+    WEIGHT_MAP,
+    checkpoint_path,
+    restore_replaced,
+    sha256,
+)
 from gandist.checkpoint.retention import prune, remove
-from gandist.checkpoint.tensors import Tensors, flatten, nest, share
+from gandist.checkpoint.tensors import Tensors, assign, flatten, name_of
 from gandist.config import CheckpointConfig
 from gandist.distributed import World
 from gandist.errors import CheckpointError, GandistError
@@ -34,7 +46,8 @@ class Snapshot:
 
     step: int
     meta: dict[str, Any]
-    mine: Tensors  # this rank's share of the tensors
+    writers: dict[tuple[str, ...], int]  # the rank that writes each tensor
+    mine: Tensors  # those that this rank writes
     total_bytes: int  # of all tensors
 
 
@@ -50,7 +63,7 @@ def save(
 
     Every rank calls it. Raises CheckpointError on all of them if any cannot write; older checkpoints are untouched then.
     """
-    return _write(run_dir, _snapshot(step, state, meta, world), world, config)
+    return _write(run_dir, _snapshot(step, state, meta, world), world, config, lambda: None)
 
 
 class Saver:
@@ -59,12 +72,15 @@ class Saver:
     In the background, the ranks first copy their shares of the state to CPU memory, which is all that training waits for.
     A thread of each rank then writes them; the threads agree in a group of their own, never in one that training uses.
     Used within `with`, whose end waits for the checkpoint that is being written.
+
+    confirm_owner: called on rank 0 before a checkpoint gets its name; raises GandistError where this run may no longer write
     """
 
-    def __init__(self, run_dir: Path, config: CheckpointConfig, world: World):
+    def __init__(self, run_dir: Path, config: CheckpointConfig, world: World, confirm_owner: Callable[[], None] = lambda: None):
         self.run_dir = run_dir
         self.config = config
         self.world = world
+        self.confirm_owner = confirm_owner
         self._writing: Future[Path] | None = None
         self._failure: CheckpointError | None = None  # of the newest checkpoint
         self._staged: Tensors = {}
@@ -79,7 +95,7 @@ class Saver:
         if self.config.asynchronous:
             self._writing = self._start(replace(snapshot, mine=self._stage(snapshot.mine)))
         else:
-            self._judge(lambda: _write(self.run_dir, snapshot, self.world, self.config))
+            self._judge(lambda: _write(self.run_dir, snapshot, self.world, self.config, self.confirm_owner))
 
     def check(self) -> None:
         """Like `save`, of the checkpoint that is being written, if that is over."""
@@ -136,7 +152,7 @@ class Saver:
             try:
                 if self.world.device.type == "cuda":
                     torch.cuda.set_device(self.world.device)  # each thread begins with the first GPU
-                written.set_result(_write(self.run_dir, snapshot, self._background, self.config))
+                written.set_result(_write(self.run_dir, snapshot, self._background, self.config, self.confirm_owner))
             except BaseException as error:
                 written.set_exception(error)
 
@@ -148,31 +164,38 @@ class Saver:
 def _snapshot(step: int, state: dict[str, Any], meta: dict[str, Any], world: World) -> Snapshot:
     tensors = flatten(state)
     total_bytes = sum(tensor.nbytes + HEADER_BYTES for tensor in tensors.values())
-    return Snapshot(step, meta, share(tensors, world.rank, world.size), total_bytes)
+    writers = assign(tensors, world.size)
+    mine = {path: tensor for path, tensor in tensors.items() if writers[path] == world.rank}
+    return Snapshot(step, meta, writers, mine, total_bytes)
 
 
-def _write(run_dir: Path, snapshot: Snapshot, world: World, config: CheckpointConfig) -> Path:
+def _write(
+    run_dir: Path, snapshot: Snapshot, world: World, config: CheckpointConfig, confirm_owner: Callable[[], None]
+) -> Path:
     """The folder has its final name only when all of it is on the disk."""
     final = checkpoint_path(run_dir, snapshot.step)
-    partial = final.with_name(UNFINISHED + final.name)
+    # A name of its own: a start that has lost the run folder must not write into what another one writes.
+    partial = final.with_name(f"{UNFINISHED}{final.name}-{world.broadcast(secrets.token_hex(4))}")
     try:
         with world.together():
             if world.is_main:
-                _begin(partial, snapshot)
-        _write_shards(partial, snapshot.mine, world)
+                _begin(run_dir, partial, snapshot)
         sums = {}
         with world.together():
-            for path in partial.iterdir():
+            if not partial.is_dir():
+                raise CheckpointError(f"{partial} is not there on rank {world.rank}: all nodes must share run_dir")
+            if snapshot.mine:
+                file = partial / _file_of(world.rank)
+                _write_tensors(file, snapshot.mine)
                 # Each rank sees what it wrote itself at once, whatever a network's file system caches.
-                if path.name.startswith(f"__{world.rank}_") or (world.is_main and not path.name.startswith("__")):
-                    sums[path.name] = sha256(path)
+                sums[file.name] = sha256(file)
         sums = {name: digest for part in world.gather(sums) for name, digest in part.items()}
         with world.together():
             if world.is_main:
-                _finish(partial, final, sums)
+                _finish(partial, final, sums, confirm_owner)
                 prune(run_dir, config)
     except GandistError as error:
-        # Of a full disk, torch says "unexpected pos".
+        # safetensors says less of a full disk.
         reason = world.broadcast(_lack_of_room(partial, snapshot) if world.is_main else None) or error
         if world.is_main:
             shutil.rmtree(partial, ignore_errors=True)
@@ -182,13 +205,16 @@ def _write(run_dir: Path, snapshot: Snapshot, world: World, config: CheckpointCo
     return final
 
 
-def _begin(partial: Path, snapshot: Snapshot) -> None:
-    for unfinished in partial.parent.glob(UNFINISHED + "*"):
+def _begin(run_dir: Path, partial: Path, snapshot: Snapshot) -> None:
+    restore_replaced(run_dir)
+    for unfinished in (run_dir / FOLDER).glob(UNFINISHED + "*"):
         remove(unfinished)
     partial.mkdir(parents=True)
     if lack := _lack_of_room(partial, snapshot):
         raise CheckpointError(lack)
-    (partial / META).write_text(json.dumps(snapshot.meta, indent=2) + "\n")
+    files = {name_of(path): _file_of(rank) for path, rank in snapshot.writers.items()}
+    write_synced(partial / META, json.dumps(snapshot.meta, indent=2) + "\n")
+    write_synced(partial / INDEX, json.dumps({WEIGHT_MAP: files}, indent=2) + "\n")
 
 
 def _lack_of_room(partial: Path, snapshot: Snapshot) -> str | None:
@@ -206,21 +232,27 @@ def _lack_of_room(partial: Path, snapshot: Snapshot) -> str | None:
     )
 
 
-def _write_shards(partial: Path, tensors: Tensors, world: World) -> None:
+def _file_of(rank: int) -> str:
+    return f"rank-{rank:05d}.safetensors"
+
+
+def _write_tensors(file: Path, tensors: Tensors) -> None:
     try:
-        dcp.save(nest(tensors), checkpoint_id=partial, process_group=world.control)
-    except CheckpointException as error:
-        raise CheckpointError(root_cause(error)) from error
+        save_file({name_of(path): tensor.contiguous() for path, tensor in tensors.items()}, file)
+    except SafetensorError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    sync(file)
 
 
-def _finish(partial: Path, final: Path, sums: dict[str, str]) -> None:
-    for name in sums:
-        if not (partial / name).exists():
-            raise CheckpointError(f"{partial / name} is not there on rank 0: all nodes must share run_dir")
+def _finish(partial: Path, final: Path, sums: dict[str, str], confirm_owner: Callable[[], None]) -> None:
+    sums |= {name: sha256(partial / name) for name in (META, INDEX)}
     write_synced(partial / SUMS, "".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
-    sync(partial / META)
     sync(partial)
+    confirm_owner()
+    replaced = final.with_name(REPLACED + final.name)
     if final.exists():
-        remove(final)
+        final.rename(replaced)
     partial.rename(final)
     sync(final.parent)
+    if replaced.exists():
+        remove(replaced)

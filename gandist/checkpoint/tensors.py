@@ -1,4 +1,4 @@
-"""The state of a run as tensors by path, and the ranks' shares of it."""
+"""The state of a run as tensors by path, and which rank writes which of them."""
 
 from typing import Any
 
@@ -24,13 +24,20 @@ def nest(tensors: Tensors) -> dict[str, Any]:
     return tree
 
 
-def share(tensors: Tensors, rank: int, size: int) -> Tensors:
-    """What one of `size` ranks writes of tensors that all of them have: about as many bytes each, each tensor once."""
+def assign(tensors: Tensors, size: int) -> dict[tuple[str, ...], int]:
+    """The rank, of `size`, that writes each of the tensors, which all ranks have: about as many bytes each."""
     loads = [0] * size
-    mine = {}
+    writers = {}
     for path in sorted(tensors, key=lambda path: (-tensors[path].nbytes, path)):
-        writer = loads.index(min(loads))
-        loads[writer] += tensors[path].nbytes
-        if writer == rank:
-            mine[path] = tensors[path]
-    return mine
+        writers[path] = loads.index(min(loads))
+        loads[writers[path]] += tensors[path].nbytes
+    return writers
+
+
+def name_of(path: tuple[str, ...]) -> str:
+    """The name of a tensor in a file. Parts of a path have no slash."""
+    return "/".join(path)
+
+
+def path_of(name: str) -> tuple[str, ...]:
+    return tuple(name.split("/"))

@@ -186,6 +186,7 @@ def open_shards(
     for first in range(0, len(shards), round_size):
         mine, wrong = {}, []
         for shard in range(first + world.rank, min(first + round_size, len(shards)), world.size):
+            world.watchdog.doing(f"reading {shards[shard]}")
             try:
                 mine[shard] = _see(shards[shard], storage, policy, world, with_labels)
             except DataError as error:

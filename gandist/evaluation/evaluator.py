@@ -24,6 +24,7 @@ from gandist.evaluation.statistics import Wanted, collect
 from gandist.models import build_discriminator, build_generator, evaluating, full_float32
 
 HELD_OUT = "eval/fd_classifier_held_out"
+BEST = "best"  # group of the values of the best checkpoint, measured again
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import base64
 import io
-import json
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +15,7 @@ from PIL import Image
 
 from gandist.config import RUN_CONFIG
 from gandist.errors import ReportError
+from gandist.json_lines import Row, read_rows
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -27,8 +27,6 @@ LARGEST_GRID = 1_000_000  # bytes; larger ones are made smaller
 SMALLER_GRID = 3_000_000  # pixels of these, at most
 RATE = "throughput/images_per_second"
 BEST = "best/"
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -199,29 +197,10 @@ def _read_run(name: str, folder: Path) -> Run:
         raise ReportError(f"{folder / RUN_CONFIG} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise ReportError(f"{folder / RUN_CONFIG} is no configuration of a run")
-    metrics = _read_rows(folder / METRICS, "step", "kimg")
+    metrics = read_rows(folder / METRICS, "step", "kimg")
     if not metrics:
         raise ReportError(f"{folder} has no metrics yet: wait for the first interval, of tracking.every_kimg")
-    return Run(name, folder, config, metrics, _read_rows(folder / EVALUATIONS, "metric"), _read_rows(folder / STARTS))
-
-
-def _read_rows(path: Path, *wanted: str) -> list[Row]:
-    """The rows of a file of JSON lines, all with these keys; none if it is absent. A last line that is half written is left."""
-    if not path.exists():
-        return []
-    lines = path.read_text(errors="replace").splitlines()
-    rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not row.keys() >= {*wanted}:
-                raise ValueError
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise ReportError(f"{path}, line {number}, is damaged: {line[:60]!r}") from error
-        rows.append(row)
-    return rows
+    return Run(name, folder, config, metrics, read_rows(folder / EVALUATIONS, "metric"), read_rows(folder / STARTS))
 
 
 def _data_url(path: Path) -> str:

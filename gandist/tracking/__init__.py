@@ -8,7 +8,7 @@ from gandist.tracking.console import Console
 from gandist.tracking.health import Health
 from gandist.tracking.meter import Meter, Scalars
 from gandist.tracking.run_folder import EVALUATIONS, METRICS, SAMPLES, RunFolder
-from gandist.tracking.tracker import Samples, Tracker, evaluation_table
+from gandist.tracking.tracker import Samples, Tracker, Trackers, evaluation_table
 from gandist.tracking.weights_and_biases import WeightsAndBiases
 
 __all__ = [
@@ -19,19 +19,20 @@ __all__ = [
     "Samples",
     "Scalars",
     "Tracker",
+    "Trackers",
     "evaluation_table",
     "open_trackers",
 ]
 
 
-def open_trackers(config: Config, start: dict[str, Any], world: World, *, step: int) -> list[Tracker]:
+def open_trackers(config: Config, start: dict[str, Any], world: World, *, step: int) -> Trackers:
     """All trackers on rank 0, none on the others.
 
     start: what `environment.describe_start` and `summary.summarize` know of it; step: where the run begins or goes on
     """
     if not world.is_main:
-        return []
-    trackers = [Console(config, step), RunFolder(config.run_dir, step, start), Health(config)]
+        return Trackers([])
+    trackers: list[Tracker] = [Console(config, step), RunFolder(config.run_dir, step, start), Health(config)]
     if config.tracking.wandb != "off":
         trackers.append(WeightsAndBiases(config, start, step))
-    return trackers
+    return Trackers(trackers)

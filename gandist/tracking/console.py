@@ -30,7 +30,7 @@ class Console(Tracker):
 
     def step(self, progress: dict) -> None:
         if self.bar is not None:
-            self.bar.update()
+            self.bar.update(progress["step"] - self.bar.n)
 
     def scalars(self, progress: dict, values: Scalars) -> None:
         cells = self._cells(progress["kimg"], values)

@@ -6,7 +6,9 @@ from typing import Any
 
 from PIL import Image
 
+from gandist.atomic import naming, replace_text
 from gandist.evaluation.evaluator import Evaluation
+from gandist.json_lines import append_rows, read_rows
 from gandist.tracking.meter import Scalars
 from gandist.tracking.tracker import Samples, Tracker
 
@@ -28,37 +30,34 @@ class RunFolder(Tracker):
         (run_dir / SAMPLES).mkdir(parents=True, exist_ok=True)
         for name in (METRICS, EVALUATIONS, STARTS):
             _keep_until(run_dir / name, step)
-        self._append(STARTS, start)
+        append_rows(run_dir / STARTS, [start])
 
     def scalars(self, progress: dict, values: Scalars) -> None:
-        self._append(METRICS, progress | values)
+        append_rows(self.run_dir / METRICS, [progress | values])
 
     def evaluation(self, progress: dict, evaluation: Evaluation) -> None:
-        for record in evaluation.records:
-            self._append(EVALUATIONS, record.to_dict())
-        for name, values in evaluation.per_class.items():
-            self._append(EVALUATIONS, {"metric": f"{name}/per_class", **progress, "value": values})
+        rows = [record.to_dict() for record in evaluation.records]
+        rows += [{"metric": f"{name}/per_class", **progress, "value": values} for name, values in evaluation.per_class.items()]
         if report := evaluation.report:
             details = {"precision": report.precision, "recall": report.recall, "f1": report.f1}
-            self._append(EVALUATIONS, {"metric": "classification/per_class", **progress, **details})
-            self._append(EVALUATIONS, {"metric": "classification/confusion", **progress, "value": report.confusion})
+            rows.append({"metric": "classification/per_class", **progress, **details})
+            rows.append({"metric": "classification/confusion", **progress, "value": report.confusion})
+        append_rows(self.run_dir / EVALUATIONS, rows)
 
     def real(self, grid: Image.Image) -> None:
-        grid.save(self.run_dir / SAMPLES / REAL)
+        self._save_picture(grid, REAL)
 
     def samples(self, progress: dict, samples: Samples) -> None:
-        samples.grid.save(self.run_dir / SAMPLES / f"step-{progress['step']:08d}.png")
+        self._save_picture(samples.grid, f"step-{progress['step']:08d}.png")
 
-    def _append(self, name: str, row: dict[str, Any]) -> None:
-        with (self.run_dir / name).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+    def _save_picture(self, grid: Image.Image, name: str) -> None:
+        path = self.run_dir / SAMPLES / name
+        with naming(path):
+            grid.save(path)
 
 
 def _keep_until(path: Path, step: int) -> None:
-    """Drops the rows of steps that a resumed run is about to repeat."""
-    if not path.exists():
-        return
-    rows = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    partial = path.with_suffix(".tmp")
-    partial.write_text("".join(row for row in rows if json.loads(row)["step"] <= step))
-    partial.replace(path)
+    """Drops the rows of steps that a resumed run is about to repeat, and what is damaged."""
+    if path.exists():
+        rows = [row for row in read_rows(path, "step") if row["step"] <= step]
+        replace_text(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,5 +1,6 @@
 """What every place has to which numbers and pictures of a run are sent."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,6 +25,10 @@ class Samples:
     diversity: float | None = None
     logits: dict[str, list[float]] = field(default_factory=dict)
 
+    @property
+    def scalars(self) -> Scalars:
+        return {} if self.diversity is None else {"health/diversity": self.diversity}
+
 
 class Tracker:
     """A place to send things to. `progress` is {"step", "kimg"}."""
@@ -45,6 +50,48 @@ class Tracker:
 
     def finish(self) -> None:
         """Nothing more comes."""
+
+
+class Trackers(Tracker):
+    """Several trackers as one; of none, it is false. What one of them cannot write is a warning and never ends the run."""
+
+    def __init__(self, trackers: Sequence[Tracker]):
+        self._trackers = trackers
+        self._warned: set[Tracker] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._trackers)
+
+    def step(self, progress: dict) -> None:
+        self._each(lambda tracker: tracker.step(progress))
+
+    def scalars(self, progress: dict, values: Scalars) -> None:
+        self._each(lambda tracker: tracker.scalars(progress, values))
+
+    def evaluation(self, progress: dict, evaluation: Evaluation) -> None:
+        self._each(lambda tracker: tracker.evaluation(progress, evaluation))
+
+    def real(self, grid: Image.Image) -> None:
+        self._each(lambda tracker: tracker.real(grid))
+
+    def samples(self, progress: dict, samples: Samples) -> None:
+        self._each(lambda tracker: tracker.samples(progress, samples))
+
+    def finish(self) -> None:
+        self._each(lambda tracker: tracker.finish())
+
+    def _each(self, tell: Callable[[Tracker], None]) -> None:
+        for tracker in self._trackers:
+            try:
+                tell(tracker)
+            except OSError as error:
+                if tracker not in self._warned:
+                    print(
+                        f"warning: {error.filename}: {error.strerror}; the run goes on without what is lost there", flush=True
+                    )
+                self._warned.add(tracker)
+            else:
+                self._warned.discard(tracker)
 
 
 def per_class_columns(evaluation: Evaluation) -> dict[str, list[float]]:

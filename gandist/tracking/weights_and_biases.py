@@ -11,7 +11,7 @@ from PIL import Image
 
 from gandist import checkpoint
 from gandist.config import Config
-from gandist.evaluation.evaluator import Evaluation
+from gandist.evaluation.evaluator import BEST, Evaluation
 from gandist.launcher import read_job
 from gandist.network import is_reachable
 from gandist.tracking.meter import Scalars
@@ -70,7 +70,7 @@ class WeightsAndBiases(Tracker):
             values = {record.metric: record.value for record in evaluation.records}
             values |= {f"{record.metric}_std": record.spread for record in evaluation.records if record.spread is not None}
             group = evaluation.records[0].metric.partition("/")[0] if evaluation.records else ""
-            where = "best" if group == "best" else "classification"
+            where = BEST if group == BEST else "classification"
             if columns := per_class_columns(evaluation):
                 rows = [list(row) for row in zip(self._class_names, *columns.values(), strict=True)]
                 values[f"{where}/per_class"] = self._wandb.Table(["class", *columns], rows)
