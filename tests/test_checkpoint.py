@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout, suppress
@@ -32,7 +33,7 @@ from gandist.errors import CheckpointError, ConfigError, DataError, GandistError
 from gandist.models import build_generator
 from gandist.train import train
 from gandist.trainer import Trainer
-from tests.ranks import launch, run_ranks
+from tests.ranks import launch, run_ranks, start_ranks
 from tests.small_disk import mount_small_disk
 from tests.test_promises import final_state
 
@@ -118,11 +119,70 @@ def test_all_damaged_is_an_error_now_and_later(run_dir: Path, world: World) -> N
 def test_an_unfinished_save_is_no_checkpoint(run_dir: Path, world: World) -> None:
     folder = run_dir / "checkpoints"
     shutil.copytree(folder / "step-00000002", folder / ".tmp-step-00000003")
-    shutil.copytree(folder / "step-00000002", folder / "step-00000004")
-    (folder / "step-00000004" / "SHA256SUMS").unlink()
     assert load(run_dir, world) == (2, 2.0)
     save(run_dir, 5, world)
     assert not list(folder.glob(".tmp-*"))
+
+
+def test_a_checkpoint_without_sums_is_named_and_set_aside(run_dir: Path, world: World, capsys) -> None:
+    for step, left in ((2, (1, 1.0)), (1, None)):
+        path = run_dir / "checkpoints" / f"step-{step:08d}"
+        (path / "SHA256SUMS").unlink()
+        if left:
+            assert load(run_dir, world) == left
+        else:
+            with pytest.raises(CheckpointError, match=r"every checkpoint in .* is damaged"):
+                checkpoint.newest(run_dir, world)
+        assert f"warning: {path} is not whole: no SHA256SUMS; set aside as {path.name}.damaged" in capsys.readouterr().out
+
+
+def test_what_cannot_be_read_is_not_damaged(run_dir: Path, world: World) -> None:
+    """As where permissions are wrong, or a network's disk does not answer."""
+    sums = run_dir / "checkpoints" / "step-00000002" / "SHA256SUMS"
+    kept = sums.rename(sums.with_name("kept"))
+    sums.symlink_to(sums)
+    with pytest.raises(GandistError, match=f"{re.escape(str(sums))}: Too many levels of symbolic links"):
+        checkpoint.newest(run_dir, world)
+    sums.unlink()
+    kept.rename(sums)
+    assert load(run_dir, world) == (2, 2.0)
+
+
+def test_a_sum_may_name_files_of_the_checkpoint_only(run_dir: Path, world: World) -> None:
+    for name in ("/dev/zero", "../step-00000001/meta.json", "zero"):
+        path = run_dir / "checkpoints" / "step-00000002"
+        (path / "zero").unlink(missing_ok=True)
+        (path / "zero").symlink_to("/dev/zero")
+        sums = (path / "SHA256SUMS").read_text()
+        (path / "SHA256SUMS").write_text(f"{sums}{'0' * 64}  {name}\n")
+        assert checkpoint.verify(path, world) == f"{path} is not whole: no {name}"
+        (path / "SHA256SUMS").write_text(sums)
+
+
+def _save_again_and_die(run_dir: Path, count: int) -> None:
+    """Saves step 2 again, and is killed before the count-th change of a name."""
+    changes = iter(range(count))
+
+    def die(event: str, arguments: tuple) -> None:
+        if event in ("os.rename", "shutil.rmtree") and next(changes, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with join_world() as world:
+        sys.addaudithook(die)
+        save(run_dir, 2, world)
+    os._exit(0)
+
+
+def test_saving_a_step_again_never_leaves_a_moment_without_it(tmp_path: Path, world: World) -> None:
+    for count in range(9):
+        run_dir = tmp_path / str(count)
+        save(run_dir, 2, world)
+        (rank,) = start_ranks(1, lambda rank, arguments=(run_dir, count): (_save_again_and_die, *arguments))
+        rank.join(60)
+        assert load(run_dir, world) == (2, 2.0), f"killed before change {count}"
+        if rank.exitcode == 0:
+            break
+    assert count > 2
 
 
 def test_a_save_that_fails_leaves_the_others(run_dir: Path, world: World) -> None:

@@ -2,8 +2,10 @@
 
 import json
 import os
+import pty
 import random
 import re
+import select
 import shutil
 import signal
 import subprocess
@@ -11,6 +13,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,7 +27,8 @@ from gandist import checkpoint
 from gandist.config import TrainConfig
 from gandist.evaluation.evaluator import Evaluation, Evaluator
 from gandist.train import main
-from tests.ranks import ROOT, run_and_kill, run_command, run_ranks
+from tests.ranks import ROOT, launch, run_and_kill, run_command, run_ranks, start_ranks
+from tests.small_disk import mount_small_disk
 from tests.test_promises import final_state
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -86,6 +91,97 @@ def test_torchrun_that_dies_does_not_leave_its_ranks_behind(tmp_path: Path, cach
     psutil.wait_procs(ranks, timeout=30)
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
     assert len(saved_steps(tmp_path / "r")) == 1
+
+
+def test_a_closed_terminal_loses_nothing(tmp_path: Path, cache_dir: Path) -> None:
+    """The launcher and the ranks get SIGHUP, and what they print fails."""
+    run_dir = tmp_path / "r"
+    arguments = options(run_dir, cache_dir, "train.kimg=10000", f"tracking.every_kimg={STEP}", "checkpoint.every_kimg=1000")
+    process, terminal = pty.fork()
+    if process == 0:
+        environment = os.environ | {"NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1", "VIRTUAL_ENV": sys.prefix}
+        environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        os.execvpe("bash", ["bash", str(ROOT / "launch/torchrun.sh"), *arguments], environment)
+    deadline = time.monotonic() + 90
+    while not (run_dir / "metrics.jsonl").exists() or len((run_dir / "metrics.jsonl").read_text().splitlines()) < 5:
+        assert time.monotonic() < deadline
+        if select.select([terminal], [], [], 0.1)[0]:
+            os.read(terminal, 65536)
+    ranks = psutil.Process(process).children(recursive=True)
+    os.close(terminal)
+    os.waitpid(process, 0)
+    assert not psutil.wait_procs(ranks, timeout=30)[1]
+    (step,) = saved_steps(run_dir)
+    assert step >= 5
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == step
+
+
+def train_in_silence(run_dir: Path, cache_dir: Path, where: str) -> None:
+    """Standard output and error are a full disk, or a pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    descriptor = os.open("/dev/full", os.O_WRONLY) if where == "full disk" else writing
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(descriptor, stream.fileno())
+    main(options(run_dir, cache_dir, "train.kimg=0.256", f"tracking.every_kimg={STEP}"))
+    sys.stdout = sys.stderr = None  # what is still to be flushed
+
+
+@pytest.mark.parametrize("where", ["full disk", "closed pipe"])
+def test_a_run_outlives_what_it_prints_to(tmp_path: Path, cache_dir: Path, where: str) -> None:
+    run_ranks(1, train_in_silence, tmp_path / "r", cache_dir, where)
+    assert saved_steps(tmp_path / "r") == [4]
+
+
+def train_on_a_small_disk(run_dir: Path, cache_dir: Path, checkpoints: Path) -> str:
+    mount_small_disk(run_dir, 60_000)
+    (run_dir / "checkpoints").symlink_to(checkpoints)
+    with redirect_stdout(StringIO()) as said:
+        main(options(run_dir, cache_dir, "train.kimg=5.12", f"tracking.every_kimg={STEP}", "tracking.samples_every_kimg=1000"))
+    assert all(json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines())
+    return said.getvalue()
+
+
+def test_a_full_disk_under_the_metrics_does_not_end_the_run(tmp_path: Path, cache_dir: Path) -> None:
+    run_dir, checkpoints = tmp_path / "r", tmp_path / "elsewhere" / "checkpoints"
+    run_dir.mkdir()
+    checkpoints.mkdir(parents=True)
+    (said,) = run_ranks(1, train_on_a_small_disk, run_dir, cache_dir, checkpoints)
+    assert said.count(f"warning: {run_dir / 'metrics.jsonl'}: No space left on device; the run goes on") == 1
+    assert f"finished: {run_dir}" in said
+    assert saved_steps(checkpoints.parent)[-1] == 80
+
+
+def die(*_: object, **options: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_and_die_measuring_the_best(arguments: list[str]) -> None:
+    with patch.object(Evaluator, "measure_checkpoint", die):
+        main(arguments)
+
+
+def test_the_best_is_measured_again_after_a_kill(tmp_path: Path, cache_dir: Path) -> None:
+    measured = ["train.kimg=0.128", "evaluation.metrics=[accuracy]", "checkpoint.best=classification/test_top1"]
+    arguments = [*options(tmp_path, cache_dir), *measured]
+    (rank,) = start_ranks(1, lambda rank: (train_and_die_measuring_the_best, arguments))
+    rank.join(60)
+    assert rank.exitcode == -signal.SIGKILL
+    assert "best/" not in (tmp_path / "evaluations.jsonl").read_text()
+    for _ in range(2):
+        run_ranks(1, main, arguments)
+        assert (tmp_path / "evaluations.jsonl").read_text().count('"best/test_top1"') == 1
+
+
+def test_damaged_lines_do_not_keep_a_run_from_going_on(tmp_path: Path, cache_dir: Path) -> None:
+    run_ranks(1, main, options(tmp_path, cache_dir, "train.kimg=0.128", f"tracking.every_kimg={STEP}"))
+    metrics = tmp_path / "metrics.jsonl"
+    first, second = metrics.read_bytes().splitlines()
+    metrics.write_bytes(first + b"\n\0\0\0\n\xff\xfe\n" + second + b'\n{"step": 2, "ki')
+    result = launch(1, "gandist.train", *options(tmp_path, cache_dir, "train.kimg=0.256", f"tracking.every_kimg={STEP}"))
+    assert result.returncode == 0, result.stderr
+    assert re.findall(r"warning: .*/metrics\.jsonl, line (\d), is damaged and skipped", result.stdout) == ["2", "3"]
+    assert [json.loads(line)["step"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4]
 
 
 def test_a_rank_that_hangs_ends_the_run(tmp_path: Path, cache_dir: Path) -> None:

@@ -57,7 +57,7 @@ class Trackers(Tracker):
 
     def __init__(self, trackers: Sequence[Tracker]):
         self._trackers = trackers
-        self._warned: set[Tracker] = set()
+        self._warned: set[str] = set()  # files
 
     def __bool__(self) -> bool:
         return bool(self._trackers)
@@ -85,13 +85,11 @@ class Trackers(Tracker):
             try:
                 tell(tracker)
             except OSError as error:
-                if tracker not in self._warned:
+                if error.filename not in self._warned:
+                    self._warned.add(error.filename)
                     print(
                         f"warning: {error.filename}: {error.strerror}; the run goes on without what is lost there", flush=True
                     )
-                self._warned.add(tracker)
-            else:
-                self._warned.discard(tracker)
 
 
 def per_class_columns(evaluation: Evaluation) -> dict[str, list[float]]:
