@@ -23,7 +23,7 @@ from gandist.train import train
 from tests.games import discriminator_inputs
 from tests.ranks import launch, run_command, run_ranks
 from tests.test_player import HostWaits
-from tests.test_promises import final_state, flatten, rows
+from tests.test_promises import final_state, rows
 
 BATCH_SIZE = 16
 UPDATES = 2  # of the discriminator, a step
@@ -195,7 +195,7 @@ def _guarded_updates(config: Config, world: World) -> list[tuple[dict[str, torch
         except TrainingError as error:
             report = str(error)
         state = {"network": dict(network.named_parameters()), "optimizer": player.state_dict()["optimizer"]}
-        tensors = {name: tensor.detach().clone() for name, tensor in flatten(state)}
+        tensors = {path: tensor.detach().clone() for path, tensor in checkpoint.flatten(state).items()}
         collected.append((tensors, statistics[-1]["grad/discriminator_norm"].item(), report))
     return collected
 
