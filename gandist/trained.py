@@ -223,7 +223,7 @@ def load(
     path: Path | str, *, step: int | None = None, best: bool = False, device: torch.device | str | None = None
 ) -> TrainedGAN:
     """The networks of a run's newest checkpoint, of the one of `step`, or of the best by the run's checkpoint.best; of a
-    checkpoint's folder; or of a folder that `python -m gandist.export` wrote, of which no code is run and nothing unpickled.
+    checkpoint's folder; or of a folder that `python -m gandist.export` wrote. Loads without running code or unpickling.
 
     device: a GPU where there is one, else the CPU
     Raises CheckpointError where there is none of these, or it is damaged.

@@ -29,7 +29,7 @@ from gandist.engine import (
     set_determinism,
 )
 from gandist.environment import describe_start
-from gandist.errors import ConfigError, DataError, TrainingError
+from gandist.errors import CheckpointError, ConfigError, DataError, TrainingError
 from gandist.evaluation.evaluator import BEST, Evaluation, Evaluator
 from gandist.flops import count_run, peak_flops
 from gandist.json_lines import read_rows
@@ -284,14 +284,18 @@ class Trainer:
         path = checkpoint.newest(self.config.run_dir, self.world)
         if path is None:
             return None
-        meta = checkpoint.read_meta(path)
-        checkpoint.refuse_other_run(path, meta, self.config, self.train_set.fingerprint, self.world, accepted)
+        try:
+            meta = checkpoint.read_meta(path)
+            counters = meta["step"], meta["images"], meta["skipped"], meta["evaluation_pending"]
+            checkpoint.refuse_other_run(path, meta, self.config, self.train_set.fingerprint, self.world, accepted)
+        except (LookupError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{path} was saved by another version of gandist ({reason})", on_every_rank=True) from error
         state = self.state_dict()
         checkpoint.load(path, state, self.world, entire=True)
         self.generator.load_state_dict(state["generator"])
         self.discriminator.load_state_dict(state["discriminator"])
-        self.step, self.images, self.total_skipped = meta["step"], meta["images"], meta["skipped"]
-        self.evaluation_pending = meta["evaluation_pending"]
+        self.step, self.images, self.total_skipped, self.evaluation_pending = counters
         return path
 
     def start_from(self, trained: TrainedGAN) -> str:

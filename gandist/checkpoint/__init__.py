@@ -1,8 +1,8 @@
 """Checkpoints: saved whole or not at all, verified before they are loaded.
 
-`step-00012000/` holds the tensors, sharded over the ranks by torch.distributed.checkpoint; `meta.json` with the counters
-and how the run was made; and `SHA256SUMS` (`sha256sum -c SHA256SUMS` checks it by hand). A folder has its final name only
-when all of it is on the disk.
+`step-00012000/` holds the tensors, a safetensors file of each rank's share; `index.json`, which names the file of each tensor;
+`meta.json` with the counters and how the run was made; and `SHA256SUMS` (`sha256sum -c SHA256SUMS` checks it by hand). A folder
+has its final name only when all of it is on the disk.
 """
 
 from gandist.checkpoint.folder import FOLDER, all_steps, checkpoint_path, complete_steps, is_checkpoint, read_meta
