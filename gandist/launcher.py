@@ -69,17 +69,18 @@ def read_address(launch: Launch) -> tuple[str, int]:
 
 @dataclass(frozen=True)
 class Job:
-    """Of Slurm. array: the number of the array that it is a task of, if it is."""
+    """Of Slurm. array: the number of the array that it is a task of, if it is; restarts: how often it was requeued"""
 
     id: str
     array: str | None
+    restarts: int
 
 
 def read_job() -> Job | None:
     """The batch job that this process is part of, if there is one."""
     if "SLURM_JOB_ID" not in os.environ:
         return None
-    return Job(os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_JOB_ID"))
+    return Job(os.environ["SLURM_JOB_ID"], os.environ.get("SLURM_ARRAY_JOB_ID"), _number("SLURM_RESTART_COUNT", 0))
 
 
 def tell_libraries(local_rank: int) -> None:

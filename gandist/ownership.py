@@ -47,11 +47,8 @@ class Claim:
                 os.utime(self.path)
         except FileNotFoundError as error:
             newest = _newest(self.path.parent)
-            who = _describe(_read(newest)) if newest else "somebody removed the claim"
-            raise RunFolderError(
-                f"{self.run_dir} is no longer this run's: {who}, as this one gave no sign of life for {LEASE:g} s; it ends "
-                "without writing"
-            ) from error
+            who = _describe(_read(newest)) if newest else "its claim was removed"
+            raise RunFolderError(f"{self.run_dir} is no longer this run's: {who}; this process ends without writing") from error
 
     def start_over(self, aside: str) -> None:
         """Moves the run folder to `aside`, and claims a new one in its place. Raises ConfigError where it is not of a run."""
@@ -99,13 +96,16 @@ def owning(run_dir: Path, world: World) -> Iterator[Claim | None]:
 def take(run_dir: Path) -> Claim:
     """Claims the folder. Waits for a sign of life, LEASE seconds at most, where the last owner was on another host.
 
-    Raises RunFolderError where it has an owner that is alive.
+    A requeued Slurm job takes the folder from its earlier attempt, whose node may only have lost its connection to Slurm.
+    Raises RunFolderError where the owner is alive.
     """
     folder = run_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     while True:
         last = _newest(folder)
-        if last is not None:
+        owner = _read(last) if last else {}
+        requeued = _is_earlier_attempt(owner)
+        if last and not requeued:
             _refuse_if_alive(last)
         path = folder / f"{_number(last) + 1:08d}.json"
         try:
@@ -119,7 +119,16 @@ def take(run_dir: Path) -> Claim:
         for older in folder.iterdir():
             if older != path:
                 older.unlink(missing_ok=True)
+        if requeued and _is_here(owner):
+            _wait_for_end(owner)
+        elif requeued:
+            time.sleep(2 * RENEWAL)  # by then it has tried to renew its claim
         return Claim(path)
+
+
+def _is_earlier_attempt(owner: dict[str, Any]) -> bool:
+    job = read_job()
+    return job is not None and not owner.get("released") and owner.get("job") == job.id and owner["restarts"] < job.restarts
 
 
 def _refuse_if_alive(claim: Path) -> None:
@@ -130,9 +139,8 @@ def _refuse_if_alive(claim: Path) -> None:
         owner = _read(claim)
     if owner.get("released"):
         return
-    here = _this_process()
-    if owner.get("machine") == here["machine"]:
-        if _started(owner["process"]) == owner["process_started"]:
+    if _is_here(owner):
+        if _lives_here(owner):
             raise _refusal(claim, owner)
         return
     before, deadline = _sign_of_life(claim), time.monotonic() + LEASE
@@ -142,7 +150,13 @@ def _refuse_if_alive(claim: Path) -> None:
         if (now := _sign_of_life(claim)) is None or _read(claim).get("released"):
             return  # taken over by another start, or released
         if now != before:
-            raise _refusal(claim, _read(claim))
+            raise _refusal(claim, owner)
+
+
+def _wait_for_end(owner: dict[str, Any]) -> None:
+    deadline = time.monotonic() + LEASE
+    while _lives_here(owner) and time.monotonic() < deadline:
+        time.sleep(RENEWAL / 10)
 
 
 def _refusal(claim: Path, owner: dict[str, Any]) -> RunFolderError:
@@ -195,10 +209,18 @@ def _sign_of_life(claim: Path) -> tuple[int, int] | None:
     return status.st_mtime_ns, status.st_ino
 
 
+def _is_here(owner: dict[str, Any]) -> bool:
+    return owner.get("machine") == _machine()
+
+
+def _lives_here(owner: dict[str, Any]) -> bool:
+    return _started(owner["process"]) == owner["process_started"]
+
+
 def _describe(owner: dict[str, Any]) -> str:
     if not owner:
         return "an unknown process has claimed it"
-    job = f", Slurm job {owner['job']}" if owner.get("job") else ""
+    job = f", Slurm job {owner['job']}," if owner.get("job") else ""
     return f"process {owner['process']} on {owner['host']}{job} has had it since {owner['time']}"
 
 
@@ -210,6 +232,7 @@ def _this_process() -> dict[str, Any]:
         "process": os.getpid(),
         "process_started": _started(os.getpid()),
         "job": job and job.id,
+        "restarts": job.restarts if job else 0,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from gandist import checkpoint
 from gandist.checkpoint.folder import find_damage
 from gandist.ownership import FOLDER
@@ -30,12 +32,12 @@ TRAIN = (
 )
 
 
-def start(code: str, *arguments: object, host: str | None = None) -> subprocess.Popen:
+def start(code: str, *arguments: object, host: str | None = None, **variables: str) -> subprocess.Popen:
     """A process that runs the code, on a host of this name, which it alone sees."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     if host:
         command = ["unshare", "--map-root-user", "--uts", "sh", "-c", f'hostname {host} && exec "$@"', "sh", *command]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"} | variables
     pipe = subprocess.PIPE
     return subprocess.Popen(command, cwd=ROOT, env=environment, stdin=pipe, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
@@ -88,28 +90,33 @@ def owner_after_a_wait(run_dir: Path, host: str | None = None) -> subprocess.Pop
     return process
 
 
-def test_an_owner_that_was_silent_for_long_ends_without_writing(tmp_path: Path, cache_dir: Path) -> None:
-    """As where a node hangs, and Slurm starts the job on another one."""
+@pytest.mark.parametrize("case", ["silent", "requeued"])
+def test_an_owner_that_lost_its_claim_ends_without_writing(tmp_path: Path, cache_dir: Path, case: str) -> None:
+    """A node hangs, or only Slurm does not hear of it and requeues the job: another one goes on, and then it is back."""
     run_dir = tmp_path / "r"
-    training = [*options(run_dir, cache_dir), f"tracking.every_kimg={STEP}", f"checkpoint.every_kimg={STEP}"]
-    old = start(TRAIN, *training, "train.kimg=10000", host="node-a")
-    while len(saved_steps(run_dir)) < 2:
+    training = [*options(run_dir, cache_dir), f"tracking.every_kimg={STEP}", f"checkpoint.every_kimg={10 * STEP}"]
+    job = {"SLURM_JOB_ID": "7"}
+    old = start(TRAIN, *training, "train.kimg=10000", host="node-a", **job)
+    while not saved_steps(run_dir):
         assert old.poll() is None, old.communicate()[0]
         time.sleep(0.05)
-    old.send_signal(signal.SIGSTOP)
-    new = start(TRAIN, *training, "train.kimg=12.8", host="node-b")
+    if case == "silent":
+        old.send_signal(signal.SIGSTOP)
+    else:
+        job["SLURM_RESTART_COUNT"] = "1"
+    new = start(TRAIN, *training, "train.kimg=3.2", host="node-b", **job)
     output, _ = new.communicate(timeout=60)
     assert new.returncode == 0, output
-    assert "waits up to 2 s for a sign of life" in output
-    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file() and path.name[0] != "."}
+    assert ("waits up to 2 s for a sign of life" in output) == (case == "silent")
+    files = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*") if path.is_file() and path.name[0] != "."}
     old.send_signal(signal.SIGCONT)
     output, _ = old.communicate(timeout=30)
     assert old.returncode == 1
-    assert re.search(r"^error: .*/r is no longer this run's: process \d+ on node-b has had it since", output, re.MULTILINE)
-    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert re.search(r"^error: .*/r is no longer this run's: process \d+ on node-b, Slurm job 7, has had it", output, re.M)
+    assert {path: path.stat().st_mtime_ns for path in files} == files
     assert find_damage(checkpoint.complete_steps(run_dir)[-1]) is None
     rows = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert rows == list(range(1, 201))
+    assert rows == list(range(1, 51))
 
 
 def test_of_two_that_start_at_once_one_trains(tmp_path: Path, cache_dir: Path) -> None:
