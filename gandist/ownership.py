@@ -7,6 +7,7 @@ and ends when its own is gone.
 
 import json
 import os
+import secrets
 import shutil
 import socket
 import threading
@@ -32,8 +33,9 @@ LEASE = 60.0  # seconds without a renewal after which an owner on another host c
 class Claim:
     """The claim of this process on a run folder."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, created: bool):
         self.path = path
+        self._created = created
         self._moving = threading.Lock()
 
     @property
@@ -65,8 +67,14 @@ class Claim:
                 self.path = take(run_dir).path
 
     def release(self) -> None:
-        """Lets the next start have the folder at once."""
-        _release(self.path)
+        """Lets the next start have the folder at once. Leaves nothing where the run has written nothing."""
+        if any(path.name != FOLDER for path in self.run_dir.iterdir()):
+            _release(self.path)
+            return
+        with suppress(OSError):
+            shutil.rmtree(self.path.parent.rename(self.run_dir / f"{FOLDER}-{secrets.token_hex(4)}"))
+            if self._created:
+                self.run_dir.rmdir()
 
 
 @contextmanager
@@ -99,9 +107,9 @@ def take(run_dir: Path) -> Claim:
     A requeued Slurm job takes the folder from its earlier attempt, whose node may only have lost its connection to Slurm.
     Raises RunFolderError where the owner is alive.
     """
-    folder = run_dir / FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
+    folder, created = run_dir / FOLDER, not run_dir.exists()
     while True:
+        folder.mkdir(parents=True, exist_ok=True)
         last = _newest(folder)
         owner = _read(last) if last else {}
         requeued = _is_earlier_attempt(owner)
@@ -111,10 +119,10 @@ def take(run_dir: Path) -> Claim:
         try:
             with path.open("x") as file:
                 file.write(json.dumps(_this_process()))
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):  # another start was quicker; a run that has failed removed the folder
             continue
         if _newest(folder) != path:  # what was listed was out of date
-            path.unlink()
+            path.unlink(missing_ok=True)
             continue
         for older in folder.iterdir():
             if older != path:
@@ -123,7 +131,7 @@ def take(run_dir: Path) -> Claim:
             _wait_for_end(owner)
         elif requeued:
             time.sleep(2 * RENEWAL)  # by then it has tried to renew its claim
-        return Claim(path)
+        return Claim(path, created=created)
 
 
 def _is_earlier_attempt(owner: dict[str, Any]) -> bool:
