@@ -23,16 +23,16 @@ warnings.filterwarnings("ignore", message="Grad strides do not match bucket view
 
 
 class _Exchanged(nn.Module):
-    """What DDP wraps: the objective. Called without inputs, a sum over its parameters whose gradient is zero."""
+    """What DDP wraps: the objective. Called with None, a sum over its parameters whose gradient is zero."""
 
     def __init__(self, objective: nn.Module):
         super().__init__()
         self.objective = objective
 
     def forward(self, *inputs: Any) -> Any:
-        if inputs:
-            return self.objective(*inputs)
-        return sum((0.0 * parameter).sum() for parameter in self.parameters() if parameter.requires_grad)
+        if inputs[0] is None:
+            return sum((0.0 * parameter).sum() for parameter in self.parameters() if parameter.requires_grad)
+        return self.objective(*inputs)
 
 
 class DDPPlayer(Player):
@@ -60,7 +60,7 @@ class DDPPlayer(Player):
         more ranks, the order changes how sums are rounded, so a resumed process would differ from one that goes on. Here the
         first backward pass is the same in every process: gradients of zero, from the last parameter to the first.
         """
-        self.parallel().backward()
+        self.parallel(None).backward()
         self.optimizer.zero_grad()
 
     def exchanging(self, last: bool) -> AbstractContextManager:
