@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -28,7 +29,7 @@ from gandist.data.memory import DecodedImages, decode_all, decoded_folder, decod
 from gandist.data.order import SampleOrder
 from gandist.data.remote import Remote
 from gandist.data.shards import LabelPolicy, ShardDataset, open_shards
-from gandist.data.sources import ShardList, find_shards
+from gandist.data.sources import Shard, ShardList, find_shards
 from gandist.data.storage import Storage
 from gandist.distributed import World
 from gandist.errors import DataError
@@ -147,7 +148,9 @@ def open_dataset(spec: ShardSpec, config: DataConfig, world: World, *, split: st
     with world.together():
         if world.is_main:
             found = find_shards(spec, Remote(allow_pipe=config.allow_pipe), split=split)
-    return Dataset(world.broadcast(found), config, world)
+    found = world.broadcast(asdict(found) if found else None)
+    shards = tuple(Shard(**shard) for shard in found.pop("shards"))
+    return Dataset(ShardList(shards, **found), config, world)
 
 
 def _open(found: ShardList, config: DataConfig, image_format: ImageFormat, world: World) -> ShardDataset:
