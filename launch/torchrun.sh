@@ -13,6 +13,7 @@
 #   MASTER_ADDR, MASTER_PORT  node 0 as the others reach it, and a free port there (default 29500)
 #   MODULE                    what runs (default gandist.train)
 #   GANDIST_JOIN_TIMEOUT      seconds until a missing node or rank is an error (default 120)
+#   GANDIST_SECRET            on several nodes: the same random text on each, so that nobody else can join (docs/security.md)
 #   PET_...                   torchrun's other options, such as PET_MAX_RESTARTS=3 for --max-restarts=3
 set -euo pipefail
 if [[ ${1:-} == --help ]]; then
@@ -27,6 +28,7 @@ if [[ -z ${NPROC_PER_NODE:-} ]]; then
   NPROC_PER_NODE=$((gpus > 0 ? gpus : 2))
 fi
 nodes=(--standalone)
+if ((${NNODES:-1} == 1)); then export GANDIST_SECRET=${GANDIST_SECRET:-$(new_secret)}; fi
 if ((${NNODES:-1} > 1)); then
   : "${NODE_RANK:?number of this node, from 0}" "${MASTER_ADDR:?address of node 0}"
   # Not --rdzv-backend=c10d: there, any node may become the one with rank 0.
