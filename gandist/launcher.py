@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 
 from gandist.errors import ConfigError
+from gandist.redaction import redact
 
 _NO_STEP = 0xFFFFFFF0  # Slurm numbers what is not a step of srun (batch script, interactive shell, …) from here
 
@@ -101,7 +102,7 @@ def report(message: str, *, on_every_rank: bool = False) -> None:
         time.sleep(10)  # the launcher ends all ranks when the first one ends: that shall be rank 0, which speaks
         return
     where = f" (rank {launch.rank})" if launch.size > 1 and not on_every_rank else ""
-    print(f"error{where}: {message}", file=sys.stderr, flush=True)
+    print(f"error{where}: {redact(message)}", file=sys.stderr, flush=True)
 
 
 def _is_task_of_srun() -> bool:

@@ -1,9 +1,13 @@
 """Nothing runs that came as data, nobody else joins a run, and no secret is written anywhere."""
 
+import hashlib
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,11 +16,18 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 
+import gandist
+from gandist import checkpoint
+from gandist.data.remote import Remote
 from gandist.distributed import World, join_world, run
-from gandist.errors import ConfigError, GandistError
+from gandist.errors import ConfigError, DataError, GandistError
+from gandist.given import open_images
 from gandist.messages import decode, encode
-from tests.ranks import end_ranks, run_command, run_ranks, start_ranks
+from gandist.redaction import redact
+from tests.ranks import ROOT, end_ranks, launch, run_command, run_ranks, start_ranks
+from tests.web import Web
 
 # ------------------------------------------------------------------------------------------------- between the ranks
 
@@ -170,3 +181,182 @@ def test_a_node_without_ipv4_whose_localhost_is_127_0_0_1(tmp_path: Path) -> Non
         pytest.skip("a network of its own needs root")
     result = run_command(*alone, "env", "MASTER_ADDR=::1", "GANDIST_SECRET=a", sys.executable, "-c", MEET_TWICE)
     assert (result.returncode, result.stdout) == (0, "met\n"), result.stderr
+
+
+# ------------------------------------------------------------------------------------------------------------ secrets
+
+SECRETS = PASSWORD, SIGNATURE, NEXT_SIGNATURE = "PassW0rd", "S1gnature", "N3xtSignature"
+CLASSES = ["<img src=x onerror=alert(1)>", "`two`", *map(str, range(2, 10))]
+
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory, cache_dir: Path) -> Iterator[Web]:
+    """Serves the built-in digits."""
+    with Web(tmp_path_factory.mktemp("web") / "served") as web:
+        for path in (cache_dir / "digits-16").iterdir():
+            web.put(path.name, path.read_bytes())
+        info = json.loads((web.folder / "_info.json").read_text())
+        web.put("_info.json", json.dumps(info | {"classes": CLASSES}).encode())
+        yield web
+
+
+def _data(web: Web, signature: str) -> list[str]:
+    """Overrides that name the shards, behind a password and a signature."""
+    base = web.url.replace("://", f"://user:{PASSWORD}@")
+    last = {"train": 4, "test": 1}
+    return [f"data.{split}={base}/digits-{split}-{{00..0{last[split]}}}.tar?sig={signature}&expires=1" for split in last]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, cache_dir: Path, web: Web) -> tuple[Path, str]:
+    """A run on these, resumed with a new signature; and what it said."""
+    run_dir = tmp_path_factory.mktemp("runs") / "secret"
+    options = [f"run_dir={run_dir}", f"data.cache_dir={cache_dir}", "data.num_workers=0", "evaluation.metrics=[accuracy]"]
+    options += ["tracking.wandb=offline", "train.kimg=0.256"]
+    first = run_command(sys.executable, "-m", "gandist.train", *options, *_data(web, SIGNATURE))
+    again = launch(1, "gandist.train", *options, *_data(web, NEXT_SIGNATURE), "train.kimg=0.512")
+    assert (first.returncode, again.returncode) == (0, 0), first.stderr + again.stderr
+    assert "resumed from" in again.stdout
+    return run_dir, first.stdout + first.stderr + again.stdout + again.stderr
+
+
+@pytest.fixture(scope="module")
+def exported(trained: tuple[Path, str], tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "shared"
+    result = launch(1, "gandist.export", str(trained[0]), str(folder))
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def _hold_no_secret(folder: Path) -> int:
+    """How many files that are, besides the networks' own numbers."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    for path in files:
+        content = path.read_bytes()
+        for secret in SECRETS:
+            assert secret.encode() not in content, f"{secret} is in {path}"
+    return len(files)
+
+
+def test_a_run_keeps_no_secret(trained: tuple[Path, str]) -> None:
+    run_dir, said = trained
+    assert not [secret for secret in SECRETS if secret in said]
+    assert _hold_no_secret(run_dir) > 10
+    assert list(run_dir.glob("wandb/offline-run-*/*.wandb"))
+    kept = yaml.safe_load((run_dir / "config.yaml").read_text())["data"]["train"]
+    assert re.fullmatch(r"http://REDACTED@127\.0\.0\.1:\d+/digits-train-\{00\.\.04\}\.tar\?REDACTED", kept)
+    command = json.loads((run_dir / "starts.jsonl").read_text().splitlines()[0])["command"]
+    assert "REDACTED@" in command
+    assert "train.kimg=0.256" in command
+
+
+def test_a_report_has_no_secret(trained: tuple[Path, str], tmp_path: Path) -> None:
+    """Also of a run of an older version, which kept them."""
+    old = shutil.copytree(trained[0], tmp_path / "old")
+    for name in ("config.yaml", "starts.jsonl"):
+        text = (old / name).read_text().replace("REDACTED@", f"user:{PASSWORD}@").replace("?REDACTED", f"?sig={SIGNATURE}")
+        assert PASSWORD in text
+        (old / name).write_text(text)
+    page = tmp_path / "pages" / "report.html"
+    page.parent.mkdir()
+    result = launch(1, "gandist.report.__main__", str(old), "--output", str(page))
+    assert result.returncode == 0, result.stderr
+    assert _hold_no_secret(page.parent) == 1
+
+
+def test_what_is_exported_has_no_secret_and_no_path(exported: Path, trained: tuple[Path, str], cache_dir: Path) -> None:
+    assert _hold_no_secret(exported) == 4
+    for name in ("gandist.json", "README.md"):
+        text = (exported / name).read_text()
+        for folder in (trained[0].parent, cache_dir, ROOT):
+            assert str(folder) not in text, name
+    assert json.loads((exported / "gandist.json").read_text())["origin"]["config"]["run_dir"] == "secret"
+
+
+def test_class_names_in_a_model_card_are_text(exported: Path) -> None:
+    card = (exported / "README.md").read_text()
+    assert "<img" not in card
+    assert r"10 classes: &lt;img src=x onerror=alert(1)&gt;, \`two\`, 2," in card
+    assert gandist.load(exported).class_names == CLASSES
+
+
+def test_a_redacted_run_is_evaluated_when_its_data_are_named_again(trained: tuple[Path, str], web: Web) -> None:
+    result = launch(1, "gandist.evaluate", str(trained[0]))
+    assert result.returncode == 1
+    said = (
+        r"error: http://REDACTED@\S+\?REDACTED: the folder of a run keeps no passwords and signatures: give .+ data\.train=…\n"
+    )
+    assert re.fullmatch(said, result.stderr), result.stderr
+    result = launch(1, "gandist.evaluate", str(trained[0]), *_data(web, SIGNATURE))
+    assert result.returncode == 0, result.stderr
+    assert "classification/test_top1" in result.stdout
+
+
+def test_errors_hold_no_secret(web: Web, capsys) -> None:
+    url = f"{web.url.replace('://', f'://user:{PASSWORD}@')}/missing.tar?sig={SIGNATURE}"
+    web.will("missing.tar?sig=" + SIGNATURE, 403, then=403)
+    with pytest.raises(DataError, match=r"http://REDACTED@\S+/missing\.tar\?REDACTED: HTTP 403"):
+        Remote().read(url)
+    with pytest.raises(SystemExit):
+        run(lambda: Path(url).read_text())  # an error that is not ours
+    assert not [secret for secret in SECRETS if secret in capsys.readouterr().err]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    {
+        "http://user:a@h/x-{0..3}.tar?sig=b&c='d": "http://REDACTED@h/x-{0..3}.tar?REDACTED'd",
+        "pipe:curl -s 'https://user:a@h/x?token' | cat": "pipe:curl -s 'https://REDACTED@h/x?REDACTED' | cat",
+        "s3://key:secret@bucket/x.tar?versionId=3": "s3://REDACTED@bucket/x.tar?REDACTED",
+        "s3://bucket/train-?.tar": "s3://bucket/train-?.tar",
+        "az://container/x.tar?sv=1&sig=a/b=": "az://container/x.tar?REDACTED",
+        "hf://datasets/a@main/x.tar": "hf://datasets/a@main/x.tar",
+        "http://h:80/x@y": "http://h:80/x@y",
+        "http://user:a#b/c@h/x": "http://REDACTED@h/x",
+        "[http://h/x?a=b, http://h/y?c]: no": "[http://h/x?REDACTED, http://h/y?REDACTED]: no",
+        "is it? a=b": "is it? a=b",
+    }.items(),
+)
+def test_redaction(text: str, expected: str) -> None:
+    assert redact(text) == expected
+    assert redact(expected) == expected
+
+
+# ------------------------------------------------------------------------------------------------ commands in a folder
+
+
+def test_the_folder_of_a_run_permits_no_commands(trained: tuple[Path, str], tmp_path: Path, cache_dir: Path) -> None:
+    run_dir = shutil.copytree(trained[0], tmp_path / "run")
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config["data"] |= {"train": f"pipe:touch {tmp_path}/ran", "test": None, "allow_pipe": True}
+    config["evaluation"]["metrics"] = []
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    result = launch(1, "gandist.evaluate", str(run_dir))
+    assert result.returncode == 1
+    assert not (tmp_path / "ran").exists()
+    assert re.search(r"error: pipe:touch \S+: runs a command in a shell, which data\.allow_pipe=true allows", result.stderr)
+    launch(1, "gandist.evaluate", str(run_dir), "data.allow_pipe=true")  # which its user says
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "export"])
+def test_what_is_loaded_permits_no_commands(
+    kind: str, trained: tuple[Path, str], exported: Path, tmp_path: Path, world: World
+) -> None:
+    if kind == "export":
+        path = file = shutil.copytree(exported, tmp_path / "copy") / "gandist.json"
+    else:
+        copy = shutil.copytree(trained[0], tmp_path / "copy")
+        path = checkpoint.complete_steps(copy)[-1]
+        file = path / "meta.json"
+    before = hashlib.sha256(file.read_bytes()).hexdigest()
+    values = json.loads(file.read_text())
+    values.get("config", values)["data"]["allow_pipe"] = True
+    file.write_text(json.dumps(values))
+    if kind == "checkpoint":
+        sums = path / "SHA256SUMS"
+        sums.write_text(sums.read_text().replace(before, hashlib.sha256(file.read_bytes()).hexdigest()))
+    gan = gandist.load(file.parent, device="cpu")
+    with pytest.raises(DataError, match=r"pipe:touch \S+: runs a command in a shell"):
+        next(open_images([f"pipe:touch {tmp_path}/ran"], gan, world))
+    assert not (tmp_path / "ran").exists()

@@ -11,6 +11,7 @@ from tests.ranks import ROOT, run_command
 # A module imports only from rows above its own. `errors`, `config` and `distributed` may be imported anywhere.
 ROWS = [
     "gandist",
+    "gandist.redaction",
     "gandist.errors",
     "gandist.resolution",
     "gandist.arguments",

@@ -32,7 +32,8 @@ from gandist.data.shards import LabelPolicy, ShardDataset, open_shards
 from gandist.data.sources import Shard, ShardList, find_shards
 from gandist.data.storage import Storage
 from gandist.distributed import World
-from gandist.errors import DataError
+from gandist.errors import ConfigError, DataError
+from gandist.redaction import is_redacted
 from gandist.resolution import as_option
 
 __all__ = ["Batch", "Dataset", "DeviceBatch", "normalize", "open_dataset", "to_uint8", "upload"]
@@ -141,7 +142,15 @@ class Dataset:
 
 
 def open_dataset(spec: ShardSpec, config: DataConfig, world: World, *, split: str = "train") -> Dataset:
-    """The data set of `data.train` or `data.test`; the built-in digits are packed on first use. Raises DataError."""
+    """The data set of `data.train` or `data.test`; the built-in digits are packed on first use.
+
+    Raises DataError, and ConfigError where the secrets of a URL were left out.
+    """
+    for url in [spec] if isinstance(spec, str) else spec:
+        if is_redacted(url):
+            raise ConfigError(
+                f"{url}: the folder of a run keeps no passwords and signatures: give the address again, as data.{split}=…"
+            )
     if isinstance(spec, str) and spec.startswith(BUILT_IN):
         spec = _built_in_digits(spec, config, world)
     found = None

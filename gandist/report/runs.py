@@ -16,6 +16,7 @@ from PIL import Image
 
 from gandist.config import RUN_CONFIG
 from gandist.errors import ReportError
+from gandist.redaction import redacted
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -202,7 +203,8 @@ def _read_run(name: str, folder: Path) -> Run:
     metrics = _read_rows(folder / METRICS, "step", "kimg")
     if not metrics:
         raise ReportError(f"{folder} has no metrics yet: wait for the first interval, of tracking.every_kimg")
-    return Run(name, folder, config, metrics, _read_rows(folder / EVALUATIONS, "metric"), _read_rows(folder / STARTS))
+    starts = redacted(_read_rows(folder / STARTS))  # older versions kept secrets
+    return Run(name, folder, redacted(config), metrics, _read_rows(folder / EVALUATIONS, "metric"), starts)
 
 
 def _read_rows(path: Path, *wanted: str) -> list[Row]:
