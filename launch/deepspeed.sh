@@ -38,8 +38,7 @@ if [[ -n ${HOSTFILE:-} ]]; then
 else
   export GANDIST_SECRET=${GANDIST_SECRET:-$(new_secret)}
   # The launcher has one port for all runs of a node, if it is not told another.
-  free='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
-  options+=(--hostfile /dev/null/none --master_port "${MASTER_PORT:-$("$python" -c "$free")}")
+  options+=(--hostfile /dev/null/none --master_port "${MASTER_PORT:-$(free_port)}")
   # Without a number, the launcher takes the NUMA nodes of a CPU for devices.
   if [[ ${DS_ACCELERATOR:-} == cpu ]]; then NPROC_PER_NODE=${NPROC_PER_NODE:-2}; fi
 fi
