@@ -26,7 +26,7 @@ TIMEOUT_VARIABLE = "GANDIST_JOIN_TIMEOUT"
 SECRET_VARIABLE = "GANDIST_SECRET"  # a random text that all ranks of a job know, and nobody else
 _COMPLETE = "complete"
 _GRACE = 3.0  # s in which a living rank answers a roll call
-_INTRUDER = f"another program connects to it; give all ranks one {SECRET_VARIABLE}, and nobody else (docs/security.md)"
+_INTRUDER = f"another program may have connected; give all ranks one {SECRET_VARIABLE}, and nobody else (docs/security.md)"
 _LOST = "the connection to the store of the ranks was lost: rank 0 or its launcher ended first, see its own message"
 
 
@@ -134,7 +134,7 @@ class _Round:
             return False
         rank, size, attempt = self._launch.rank, self._launch.size, self._launch.attempt
         me = self._marked(rank, f"{attempt} {socket.gethostname()} {os.getpid()}")
-        other = self.store.compare_set(_seat(rank), "", me).decode()
+        other = self.store.compare_set(_seat(rank), "", me).decode(errors="replace")  # it may be a stranger's
         if other != me:
             if not self._is_marked(rank, other):
                 raise _conclude(self.store, self._launch, self._intruded([rank]))
@@ -179,7 +179,8 @@ class _Round:
     def _complete_if_all_are_marked(self) -> None:
         seats = [_seat(rank) for rank in range(self._launch.size)]
         if self.store.check(seats):  # one question each, however many ranks there are
-            marked = [self._is_marked(rank, seat.decode()) for rank, seat in enumerate(self.store.multi_get(seats))]
+            found = (seat.decode(errors="replace") for seat in self.store.multi_get(seats))
+            marked = [self._is_marked(rank, seat) for rank, seat in enumerate(found)]
         else:
             marked = [self.store.check([seat]) for seat in seats]
         if all(marked):
@@ -192,7 +193,7 @@ class _Round:
         return f"{text} {_mark(self._number, rank, text)}"
 
     def _is_marked(self, rank: int, seat: str) -> bool:
-        return hmac.compare_digest(self._marked(rank, seat.rpartition(" ")[0]), seat)
+        return hmac.compare_digest(self._marked(rank, seat.rpartition(" ")[0]).encode(), seat.encode())
 
     def _intruded(self, ranks: list[int]) -> str:
         where = by_host(self.store, [rank for rank in ranks if self.store.check([_seat(rank)])])
@@ -324,6 +325,6 @@ def by_host(store: dist.Store, ranks: list[int]) -> str:
     """'0-3 on node-a, 4 on node-b'"""
     hosts: dict[str, list[int]] = {}
     for rank in ranks:
-        _, host, *_ = [*store.get(_seat(rank)).decode(errors="replace").split(), "?", "?"]  # it may be a stranger's
+        _, host, *_ = [*store.get(_seat(rank)).decode(errors="replace").split(), "?", "?"]  # as above
         hosts.setdefault(host, []).append(rank)
     return ", ".join(f"{_ranges(each)} on {host}" for host, each in hosts.items())

@@ -229,7 +229,7 @@ def exported(trained: tuple[Path, str], tmp_path_factory) -> Path:
 
 
 def _hold_no_secret(folder: Path) -> int:
-    """How many files that are, besides the networks' own numbers."""
+    """How many files that are."""
     files = [path for path in folder.rglob("*") if path.is_file()]
     for path in files:
         content = path.read_bytes()

@@ -35,6 +35,7 @@ from gandist.data.storage import Storage
 from gandist.data.usage import train_command
 from gandist.distributed import run
 from gandist.errors import DataError
+from gandist.redaction import redact
 from gandist.resolution import resolution_of
 
 _CHUNK = 256  # images that a process decodes at a time
@@ -348,9 +349,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for section in find_sections(options.shards, remote):
             rule = LabelRule("" if options.label == "none" else options.label, section.found.classes)
             checked.append((section, look_through(section.found, Reader(shard_cache, rule), executor)))
-            print(report(*checked[-1]), end="\n\n", flush=True)
+            print(redact(report(*checked[-1])), end="\n\n", flush=True)
     if any(findings.sizes for _, findings in checked):
-        print(f"train on it with:\n  {recommendation(checked, options.label)}")
+        print(redact(f"train on it with:\n  {recommendation(checked, options.label)}"))
     if damage := sum(len(findings.damage) for _, findings in checked):
         raise DataError(f"{damage:,} damaged shards or images: restore or replace them")
 
