@@ -1,13 +1,11 @@
 """Evaluates a run, or any images: `python -m gandist.evaluate RUN | images A B | reference B FILE [key=value …]`."""
 
 import argparse
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from gandist import checkpoint
 from gandist.arguments import add_choice
@@ -15,6 +13,7 @@ from gandist.config import Config, DataConfig, EvaluationConfig
 from gandist.config_file import load_config, load_run_config
 from gandist.data import Dataset, open_dataset
 from gandist.data.collections import image_folder
+from gandist.data.decode import open_image
 from gandist.data.files import ImageFiles, is_folder_of_files
 from gandist.distributed import World, join_world, run
 from gandist.errors import ConfigError
@@ -173,7 +172,7 @@ def _image_config(spec: str, overrides: Sequence[str], world: World) -> Config:
     if {"data.resolution", "data.channels"} <= said:
         return config
     images = _open_images(spec, config.data, world)
-    with world.together(), Image.open(io.BytesIO(images.encoded(0))) as first:
+    with world.together(), open_image(images.encoded(0)) as first:
         channels = 1 if first.mode in ("1", "L", "LA", "I", "I;16") else 3
         found = {"data.resolution": as_yaml(resolution_of(first.height, first.width)), "data.channels": channels}
     return load_config(None, [*settings, *(f"{key}={value}" for key, value in found.items()), *overrides])

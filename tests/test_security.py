@@ -1,6 +1,7 @@
 """Nothing runs that came as data, nobody else joins a run, and no secret is written anywhere."""
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -17,9 +18,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from PIL import EpsImagePlugin, Image, features
 
 import gandist
 from gandist import checkpoint
+from gandist.data.check import look_at
+from gandist.data.decode import ImageError
+from gandist.data.decode import decode as decode_image
+from gandist.data.encode import upright
 from gandist.data.remote import Remote
 from gandist.distributed import World, join_world, run
 from gandist.errors import ConfigError, DataError, GandistError
@@ -360,3 +366,30 @@ def test_what_is_loaded_permits_no_commands(
     with pytest.raises(DataError, match=r"pipe:touch \S+: runs a command in a shell"):
         next(open_images([f"pipe:touch {tmp_path}/ran"], gan, world))
     assert not (tmp_path / "ran").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------- PostScript
+
+
+def test_an_image_starts_no_program(tmp_path: Path, monkeypatch) -> None:
+    """Of EPS, Pillow has Ghostscript run what is in it."""
+    ghostscript = tmp_path / "gs"
+    ghostscript.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    ghostscript.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    encoded = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(encoded, "EPS")
+    for read in (lambda content: decode_image(content, 3), look_at, lambda content: upright(content, 3)):
+        with pytest.raises(ImageError, match="its format is unknown"):
+            read(encoded.getvalue())
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000", "TGA", "AVIF"])
+def test_images_are_still_read(kind: str) -> None:
+    if kind == "AVIF" and not features.check("avif"):
+        pytest.skip("a Pillow without AVIF")
+    encoded = io.BytesIO()
+    Image.new("RGB", (32, 32), (200, 100, 50)).save(encoded, kind)
+    assert np.abs(decode_image(encoded.getvalue(), 3).astype(int) - (200, 100, 50)).max() < 9

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import io
 import multiprocessing
 import os
 import re
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from gandist.arguments import positive
 from gandist.config import DataConfig
 from gandist.data.cache import ShardCache
-from gandist.data.decode import PILLOW_ERRORS, ImageError, decode
+from gandist.data.decode import PILLOW_ERRORS, ImageError, decode, open_image
 from gandist.data.index import LABEL, OFFSET, SIZE, LabelRule, key_at
 from gandist.data.mixing import WINDOW, shuffle_quality
 from gandist.data.remote import Remote, is_remote
@@ -122,7 +121,7 @@ class Reader:
 def look_at(encoded: bytes) -> tuple[str, int, tuple[int, int]]:
     """Format, channels and (width, height) of an image that can be decoded. Raises ImageError."""
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with open_image(encoded) as image:
             image_format, channels = image.format or "other", 1 if image.mode in _GREY else 3
     except PILLOW_ERRORS:
         image_format, channels = "other", 3

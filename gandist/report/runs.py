@@ -236,7 +236,7 @@ def _data_url(path: Path) -> str:
 def _smaller(path: Path) -> bytes:
     """The picture as a JPEG."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             picture = image.convert("RGB")
     except OSError as error:
         raise ReportError(f"{path} is damaged, or still being written: {error}") from error
