@@ -149,7 +149,7 @@ def test_a_stranger_cannot_take_the_place_of_a_rank(tmp_path: Path) -> None:
     assert re.search(said, errors[0].read_text()), errors[0].read_text()
 
 
-def _listening(world: World) -> list[str]:
+def _listening() -> list[str]:
     """The addresses on which this process serves the store."""
     port = int(os.environ["MASTER_PORT"])
     mine = (each for each in psutil.net_connections() if each.pid == os.getpid() and each.status == psutil.CONN_LISTEN)
@@ -158,7 +158,7 @@ def _listening(world: World) -> list[str]:
 
 def _where_rank_0_listens() -> list[str]:
     with join_world() as world:
-        return world.broadcast(_listening(world))
+        return world.broadcast(_listening())
 
 
 def test_on_one_node_nobody_else_reaches_the_store() -> None:
