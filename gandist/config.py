@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from gandist.errors import ConfigError
+from gandist.redaction import redacted
 from gandist.resolution import resolution_of, size_of
 
 RUN_CONFIG = "config.yaml"  # the resolved configuration in a run folder
@@ -637,8 +638,12 @@ class Config(Section):
         """ZeRO's, with DeepSpeed."""
         return 1 if self.zero_stage is None else self.zero_stage
 
+    def saved(self) -> dict[str, Any]:
+        """As it is kept, shown and sent: in JSON's types, without secrets."""
+        return redacted(self.model_dump(mode="json"))
+
     def to_yaml(self) -> str:
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return yaml.safe_dump(self.saved(), sort_keys=False)
 
 
 def _is_built_in(spec: ShardSpec | None) -> bool:

@@ -3,11 +3,12 @@
 import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from gandist.config import Config, Section
+from gandist.config import RUN_CONFIG, Config, Section
 from gandist.errors import ConfigError
 
 
@@ -16,7 +17,24 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
 
     Raises ConfigError with every mistake at once.
     """
-    values = _read_yaml(Path(path)) if path else {}
+    return _resolve(_read_yaml(Path(path)) if path else {}, overrides, path or "configuration")
+
+
+def load_run_config(run_dir: Path, overrides: Iterable[str] = ()) -> Config:
+    """The configuration that is kept in the folder of a run, with overrides. Raises ConfigError.
+
+    The folder may be somebody else's: what its configuration permits does not count, what an override permits does.
+    """
+    values = _read_yaml(run_dir / RUN_CONFIG)
+    return _resolve(values | {"data": without_permissions(values.get("data", {}))}, overrides, run_dir / RUN_CONFIG)
+
+
+def without_permissions(data: Any) -> Any:
+    """The data section that came in a folder: only users themselves permit commands."""
+    return {key: value for key, value in data.items() if key != "allow_pipe"} if isinstance(data, dict) else data
+
+
+def _resolve(values: dict, overrides: Iterable[str], where: str | Path) -> Config:
     mistakes = [mistake for override in overrides if (mistake := _apply_override(values, override))]
     try:
         config = Config.model_validate(values)
@@ -24,7 +42,7 @@ def load_config(path: str | Path | None = None, overrides: Iterable[str] = ()) -
         mistakes += dict.fromkeys(_explain(entry) for entry in error.errors())
     if mistakes:
         lines = "\n".join(f"  {mistake}" for mistake in mistakes)
-        raise ConfigError(f"{path or 'configuration'}: {len(mistakes)} mistake(s)\n{lines}")
+        raise ConfigError(f"{where}: {len(mistakes)} mistake(s)\n{lines}")
     return config
 
 

@@ -12,10 +12,13 @@ from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.elastic.multiprocessing.errors import record
 
+from gandist import errors
 from gandist.errors import ConfigError, GandistError
 from gandist.launcher import Launch, read_launch, report
+from gandist.messages import decode, encode
 from gandist.rendezvous import join_timeout, meet, roll_call
 from gandist.watchdog import Watchdog
 
@@ -24,6 +27,8 @@ _set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_
 # When an exchange takes too long, NCCL's thread aborts the process, without a word of ours: gloo and the watchdog come first.
 NCCL_LATER = timedelta(seconds=60)
 AFTER_EXCHANGES = 5.0  # seconds by which the watchdog waits longer than an exchange, whose error says more
+
+_KINDS = {name: kind for name, kind in vars(errors).items() if isinstance(kind, type)}  # of errors, as ranks name them
 
 # What gloo, NCCL and the store say, in this order.
 _LOST_PEER = (
@@ -62,16 +67,23 @@ class World:
         return self.rank == 0
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0]
+        """Rank 0's value, of a type that `gandist.messages` knows, on every rank."""
+        message = _as_tensor(value) if self.is_main else None
+        length = torch.tensor([len(message) if self.is_main else 0])
+        dist.broadcast(length, src=0, group=self.control)
+        message = message if self.is_main else _room_for(int(length))
+        dist.broadcast(message, src=0, group=self.control)
+        return _as_value(message)
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's value in the order of ranks, on every rank."""
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.control)
-        return values
+        """Every rank's value, of a type that `gandist.messages` knows, in the order of ranks, on every rank."""
+        message = _as_tensor(value)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(message)]), group=self.control)
+        longest = int(max(lengths))
+        messages = [_room_for(longest) for _ in range(self.size)]
+        dist.all_gather(messages, nn.functional.pad(message, (0, longest - len(message))), group=self.control)
+        return [_as_value(each[:length]) for each, length in zip(messages, lengths, strict=True)]
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, on the CPU."""
@@ -108,9 +120,10 @@ class World:
             yield
         except (GandistError, OSError) as error:
             failure = error if isinstance(error, GandistError) else GandistError(_explain(error))
-        failures = [error for error in self.gather(failure) if error is not None]
+        failures = [each for each in self.gather(failure and (_kind(failure), str(failure))) if each]
         if failures:
-            raise type(failures[0])("\n".join(dict.fromkeys(map(str, failures))), on_every_rank=True) from failure
+            message = "\n".join(dict.fromkeys(text for _, text in failures))
+            raise _KINDS[failures[0][0]](message, on_every_rank=True) from failure
 
 
 @contextmanager
@@ -207,6 +220,26 @@ def run(main: Callable[[], None]) -> None:
             raise
 
     guarded()
+
+
+def _as_tensor(value: Any) -> torch.Tensor:
+    return torch.frombuffer(bytearray(encode(value)), dtype=torch.uint8)
+
+
+def _as_value(message: torch.Tensor) -> Any:
+    return decode(message.numpy().tobytes())
+
+
+def _room_for(length: int) -> torch.Tensor:
+    try:
+        return torch.empty(length, dtype=torch.uint8)
+    except RuntimeError as error:
+        raise GandistError(f"another rank announces a message of {length:,} bytes, for which there is no memory") from error
+
+
+def _kind(error: GandistError) -> str:
+    """The name in _KINDS of its class, or of the nearest one above."""
+    return next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _KINDS)
 
 
 def _fail(message: str, *, on_every_rank: bool = False) -> NoReturn:

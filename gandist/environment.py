@@ -15,6 +15,7 @@ import torch
 import gandist
 from gandist.distributed import World
 from gandist.launcher import read_job
+from gandist.redaction import redacted
 
 PACKAGES = ("torchvision", "webdataset", "deepspeed", "wandb", "numpy")
 
@@ -44,12 +45,12 @@ def _versions() -> dict[str, str]:
 
 
 def _command(world: World) -> str:
-    """As one would type it, whatever has started the processes."""
+    """As one would type it, whatever has started the processes, without secrets."""
     nodes = world.size // world.local_size
     launcher = f"torchrun --nproc_per_node={world.local_size}" if world.size > 1 else "python"
     if nodes > 1:
         launcher += f" --nnodes={nodes}"
-    return f"{launcher} -m gandist.train {shlex.join(sys.argv[1:])}".rstrip()
+    return f"{launcher} -m gandist.train {shlex.join(redacted(sys.argv[1:]))}".rstrip()
 
 
 def _revision() -> str | None:

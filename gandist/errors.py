@@ -1,11 +1,13 @@
-"""Errors a user can act on. Each text says what is wrong, where, and what to do."""
+"""Errors a user can act on. Each text says what is wrong, where, and what to do, and holds no secrets."""
+
+from gandist.redaction import redact
 
 
 class GandistError(Exception):
     """`on_every_rank`: all ranks raise the same error, so rank 0 alone prints it."""
 
     def __init__(self, message: str, *, on_every_rank: bool = False):
-        super().__init__(message)
+        super().__init__(redact(message))
         self.on_every_rank = on_every_rank
 
 

@@ -1,20 +1,19 @@
 """Evaluates a run, or any images: `python -m gandist.evaluate RUN | images A B | reference B FILE [key=value …]`."""
 
 import argparse
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from gandist import checkpoint
 from gandist.arguments import add_choice
-from gandist.config import RUN_CONFIG, Config, DataConfig, EvaluationConfig
-from gandist.config_file import load_config
+from gandist.config import Config, DataConfig, EvaluationConfig
+from gandist.config_file import load_config, load_run_config
 from gandist.data import Dataset, open_dataset
 from gandist.data.collections import image_folder
+from gandist.data.decode import open_image
 from gandist.data.files import ImageFiles, is_folder_of_files
 from gandist.distributed import World, join_world, run
 from gandist.errors import ConfigError
@@ -24,6 +23,7 @@ from gandist.evaluation.features import EXTRACTORS, open_extractor
 from gandist.evaluation.metrics import METRICS, Metric
 from gandist.evaluation.reference import RealStatistics, save_reference
 from gandist.models import full_float32
+from gandist.redaction import redact
 from gandist.resolution import as_yaml, resolution_of
 from gandist.tracking import evaluation_table
 
@@ -66,7 +66,7 @@ def evaluate_run(
 ) -> tuple[Evaluation, list[str], str]:
     """One checkpoint, by the configuration of its run with these overrides; the names of its classes; and which one it is."""
     run_dir = path.resolve().parent.parent if checkpoint.is_checkpoint(path) else path
-    config = load_config(run_dir / RUN_CONFIG, overrides)
+    config = load_run_config(run_dir, overrides)
     chosen = None
     with world.together():
         if world.is_main:
@@ -105,7 +105,7 @@ def evaluate_images(measured: str, real: str, overrides: Sequence[str], world: W
         found = comparison.compare(batches_of, count_of, reals, config.data.num_classes)
         records, per_class = record_values(found, {})
     evaluation = Evaluation(records, per_class=per_class)
-    return evaluation, reals.class_names, f"{measured}: {len(images):,} images, against {real}"
+    return evaluation, reals.class_names, redact(f"{measured}: {len(images):,} images, against {real}")
 
 
 def measure_reference(real: str, file: str, kind: str, overrides: Sequence[str], world: World) -> None:
@@ -121,7 +121,7 @@ def measure_reference(real: str, file: str, kind: str, overrides: Sequence[str],
         found = reals.measure(images, "real images", extractor, MOMENTS, None)
     with world.together():
         if world.is_main:
-            about = {"images": real, "resolution": config.data.resolution, "channels": config.data.channels}
+            about = {"images": redact(real), "resolution": config.data.resolution, "channels": config.data.channels}
             save_reference(Path(file), found.moments, extractor, about)
             print(f"{file}: the moments of {len(images):,} images in {extractor.num_features} features of {extractor.name}")
 
@@ -172,7 +172,7 @@ def _image_config(spec: str, overrides: Sequence[str], world: World) -> Config:
     if {"data.resolution", "data.channels"} <= said:
         return config
     images = _open_images(spec, config.data, world)
-    with world.together(), Image.open(io.BytesIO(images.encoded(0))) as first:
+    with world.together(), open_image(images.encoded(0)) as first:
         channels = 1 if first.mode in ("1", "L", "LA", "I", "I;16") else 3
         found = {"data.resolution": as_yaml(resolution_of(first.height, first.width)), "data.channels": channels}
     return load_config(None, [*settings, *(f"{key}={value}" for key, value in found.items()), *overrides])

@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import html
 import io
 import json
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +21,7 @@ from gandist.arguments import add_checkpoint
 from gandist.data.writer import check_absent, whole_folder
 from gandist.distributed import join_alone, run
 from gandist.errors import ConfigError, GandistError
+from gandist.redaction import shareable
 from gandist.resolution import size_of
 from gandist.trained import DESCRIPTION, FORMAT, IMAGE_KEYS, NETWORKS, TrainedGAN, load
 
@@ -87,7 +90,7 @@ def export(gan: TrainedGAN, folder: Path, *, onnx: bool = False, torch_export: b
 
 def model_card(gan: TrainedGAN, name: str, license: str) -> str:
     """Markdown with the metadata of the Hugging Face hub on top."""
-    data, origin = gan.data, gan.origin
+    data, origin = gan.data, shareable(gan.origin)
     versions = origin["versions"]
     height, width = size_of(data.resolution)
     tags = ["gan", "image-to-image" if gan.model.translates else "image-generation"]
@@ -103,7 +106,8 @@ def model_card(gan: TrainedGAN, name: str, license: str) -> str:
     if gan.class_names:
         use += f'\nprobabilities = gan.classify(["image.png"])  # [1, {len(gan.class_names)}], of images of any size'
     kind = "grey" if data.channels == 1 else "RGB"
-    classes = f"{len(gan.class_names)} classes: {', '.join(gan.class_names)}" if gan.class_names else "no classes"
+    names = ", ".join(map(_as_markdown, gan.class_names))
+    classes = f"{len(gan.class_names)} classes: {names}" if gan.class_names else "no classes"
     return f"""\
 ---
 {yaml.safe_dump(metadata, sort_keys=False)}---
@@ -125,7 +129,7 @@ gan = gandist.load("{name}")
 
 ## Training data
 
-`{origin["config"]["data"]["train"]}`
+`{str(origin["config"]["data"]["train"]).replace("`", "")}`
 
 ## Measured
 
@@ -140,6 +144,11 @@ gan = gandist.load("{name}")
 """
 
 
+def _as_markdown(text: str) -> str:
+    """Text that reads as it is: no HTML, no marks of Markdown, no line breaks."""
+    return re.sub(r"([\\`*_\[\]|~])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
 def _describe(gan: TrainedGAN) -> dict:
     return {
         "format": FORMAT,
@@ -147,7 +156,7 @@ def _describe(gan: TrainedGAN) -> dict:
         "model": gan.model.model_dump(mode="json"),
         "data": gan.data.model_dump(mode="json", include=IMAGE_KEYS),
         "class_names": gan.class_names,
-        "origin": gan.origin,
+        "origin": shareable(gan.origin),
     }
 
 

@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 
 from gandist.errors import ConfigError
+from gandist.redaction import redact
 
 _NO_STEP = 0xFFFFFFF0  # Slurm numbers what is not a step of srun (batch script, interactive shell, …) from here
 
@@ -20,6 +21,7 @@ class Launch:
     size: int
     local_rank: int
     local_size: int  # ranks on this node
+    one_node: bool = False  # the launcher says that all ranks are on this node
     attempt: int = 0  # how often the launcher has started this rank before
     agent_store: bool = False  # the store in which the ranks meet is torchrun's own; else rank 0 serves it
     supervised: bool = False  # a process of torchrun started this one and waits for it
@@ -36,17 +38,20 @@ def read_launch() -> Launch:
             size=size,
             local_rank=_number("LOCAL_RANK", 0),
             local_size=_number(local_size, size),
+            one_node=_number(local_size, 0) == size,
             attempt=_number("TORCHELASTIC_RESTART_COUNT", 0),
             agent_store=os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
             supervised="TORCHELASTIC_RUN_ID" in os.environ,
         )
     elif _is_task_of_srun():
         size = _tasks_of_step()
+        local_size = _tasks_of_node(size)
         launch = Launch(
             rank=_number("SLURM_PROCID"),
             size=size,
             local_rank=_number("SLURM_LOCALID", 0),
-            local_size=_tasks_of_node(size),
+            local_size=local_size,
+            one_node=local_size == size and _number("SLURM_STEP_NUM_NODES", 0) == 1,
             slurm=True,
         )
     else:
@@ -98,7 +103,7 @@ def report(message: str, *, on_every_rank: bool = False) -> None:
         time.sleep(10)  # the launcher ends all ranks when the first one ends: that shall be rank 0, which speaks
         return
     where = f" (rank {launch.rank})" if launch.size > 1 and not on_every_rank else ""
-    print(f"error{where}: {message}", file=sys.stderr, flush=True)
+    print(f"error{where}: {redact(message)}", file=sys.stderr, flush=True)
 
 
 def _is_task_of_srun() -> bool:

@@ -3,8 +3,12 @@
 They meet in a store (a small server of keys and values) that the launcher or rank 0 serves. It may outlive its ranks:
 torchrun starts failed ones anew against the same store. So they meet in rounds, and all that they exchange lies under
 the number of the round; what dead ranks left behind lies under an earlier one.
+
+Whoever reaches the store can write into it. So a rank marks what it says of itself with the secret of the job, and a round
+is complete only if all marks are right.
 """
 
+import hmac
 import os
 import socket
 import threading
@@ -19,8 +23,10 @@ from gandist.errors import ConfigError, GandistError
 from gandist.launcher import Launch, read_address, report
 
 TIMEOUT_VARIABLE = "GANDIST_JOIN_TIMEOUT"
+SECRET_VARIABLE = "GANDIST_SECRET"  # a random text that all ranks of a job know, and nobody else
 _COMPLETE = "complete"
 _GRACE = 3.0  # s in which a living rank answers a roll call
+_INTRUDER = f"another program may have connected; give all ranks one {SECRET_VARIABLE}, and nobody else (docs/security.md)"
 _LOST = "the connection to the store of the ranks was lost: rank 0 or its launcher ended first, see its own message"
 
 
@@ -42,9 +48,17 @@ def meet(launch: Launch, seconds: float) -> dist.Store:
         return dist.HashStore()
     deadline = time.monotonic() + seconds
     host, port = read_address(launch)
+    if launch.one_node and not launch.agent_store:
+        host = _loopback()
     silence = f"{host}:{port} does not answer as the store of this run should: rank 0 hangs, or another program has the port"
     with _time_limit(seconds + 2 * _GRACE, silence):
         store = _open_store(launch, host, port, seconds)
+        if launch.rank == 0 and not launch.one_node and not os.environ.get(SECRET_VARIABLE):
+            print(
+                f"warning: any program on the network can join this run at port {port}: set {SECRET_VARIABLE} to the same "
+                "random text on every node (docs/security.md)",
+                flush=True,
+            )
         try:
             number = int(store.compare_set("round", "", "0"))
             while True:
@@ -54,6 +68,8 @@ def meet(launch: Launch, seconds: float) -> dist.Store:
                 number = int(store.compare_set("round", str(number), str(number + 1)))
         except dist.DistError as error:
             raise GandistError(_LOST) from error
+        except (ValueError, IndexError) as error:
+            raise GandistError(f"the store at {host}:{port} holds what no rank has written: {_INTRUDER}") from error
 
 
 def _open_store(launch: Launch, host: str, port: int, seconds: float) -> dist.Store:
@@ -76,10 +92,30 @@ def _open_store(launch: Launch, host: str, port: int, seconds: float) -> dist.St
                 raise GandistError(f"{problem}: {advice}") from error
             time.sleep(0.1)
     try:
-        return dist.TCPStore("localhost" if serves else host, port, launch.size, serves, wait_for_workers=False)
-    except dist.DistError as error:
+        if serves:
+            return _serve(launch, port)
+        return dist.TCPStore(host, port, launch.size, wait_for_workers=False)
+    except (OSError, dist.DistError) as error:
         problem = f"port {port} of {here} is taken" if serves else f"what listens at {host}:{port} is not the store of a run"
         raise GandistError(f"{problem}, probably by another run: set MASTER_PORT to a free one") from error
+
+
+def _serve(launch: Launch, port: int) -> dist.TCPStore:
+    """On one node, only its own processes reach the store."""
+    host, listening = _loopback(), None
+    if launch.one_node:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family).detach()
+    return dist.TCPStore(host, port, launch.size, True, wait_for_workers=False, master_listen_fd=listening)
+
+
+def _loopback() -> str:
+    """This node's address for itself. A node without IPv4 may still call 127.0.0.1 its localhost."""
+    try:
+        with socket.create_server(("127.0.0.1", 0)):
+            return "127.0.0.1"
+    except OSError:
+        return "::1"
 
 
 class _Round:
@@ -87,6 +123,8 @@ class _Round:
 
     def __init__(self, root: dist.Store, number: int, launch: Launch):
         self.store = dist.PrefixStore(f"round {number}", root)
+        self._number = number
+        self._complete = f"{_COMPLETE} {_mark(number)}"
         self._is_newest = lambda: int(root.get("round")) == number
         self._launch = launch
 
@@ -95,9 +133,11 @@ class _Round:
         if self.store.check(["outcome"]):
             return False
         rank, size, attempt = self._launch.rank, self._launch.size, self._launch.attempt
-        me = f"{attempt} {socket.gethostname()} {os.getpid()}"
-        other = self.store.compare_set(_seat(rank), "", me).decode()
+        me = self._marked(rank, f"{attempt} {socket.gethostname()} {os.getpid()}")
+        other = self.store.compare_set(_seat(rank), "", me).decode(errors="replace")  # it may be a stranger's
         if other != me:
+            if not self._is_marked(rank, other):
+                raise _conclude(self.store, self._launch, self._intruded([rank]))
             if int(other.split()[0]) < attempt:
                 return False
             twice = f"rank {rank} was started twice, on {_whereabouts(other)} and on {_whereabouts(me)}"
@@ -125,14 +165,41 @@ class _Round:
                 confirmed = True
                 self.store.set(f"confirmed {rank}", "")
                 if self.store.add("confirmations", 1) == size:
-                    self.store.compare_set("outcome", "", _COMPLETE)
+                    self._complete_if_all_are_marked()
             if time.monotonic() > deadline:
                 raise _conclude(self.store, self._launch, self._missing(seconds))
             time.sleep(min(0.5, 0.02 + size / 1000))  # all ranks ask one server
         outcome = self.store.get("outcome").decode()
-        if outcome != _COMPLETE:
+        if outcome.startswith(_COMPLETE) and outcome != self._complete:
+            raise GandistError(f"the ranks were told to begin by a process that is none of them: {_INTRUDER}")
+        if outcome != self._complete:
             raise GandistError(outcome.partition(" ")[2], on_every_rank=True)
         return True
+
+    def _complete_if_all_are_marked(self) -> None:
+        seats = [_seat(rank) for rank in range(self._launch.size)]
+        if self.store.check(seats):  # one question each, however many ranks there are
+            found = (seat.decode(errors="replace") for seat in self.store.multi_get(seats))
+            marked = [self._is_marked(rank, seat) for rank, seat in enumerate(found)]
+        else:
+            marked = [self.store.check([seat]) for seat in seats]
+        if all(marked):
+            self.store.compare_set("outcome", "", self._complete)
+        else:
+            problem = self._intruded([rank for rank, is_marked in enumerate(marked) if not is_marked])
+            raise _conclude(self.store, self._launch, problem)
+
+    def _marked(self, rank: int, text: str) -> str:
+        return f"{text} {_mark(self._number, rank, text)}"
+
+    def _is_marked(self, rank: int, seat: str) -> bool:
+        return hmac.compare_digest(self._marked(rank, seat.rpartition(" ")[0]).encode(), seat.encode())
+
+    def _intruded(self, ranks: list[int]) -> str:
+        where = by_host(self.store, [rank for rank in ranks if self.store.check([_seat(rank)])])
+        return (
+            f"the place of {_ranks(ranks)} been taken by a process that does not know {SECRET_VARIABLE} ({where}): {_INTRUDER}"
+        )
 
     def _missing(self, seconds: float) -> str:
         joined = sorted(map(int, self.store.get("joined").split()))  # one question, however many ranks there are
@@ -206,7 +273,7 @@ def _conclude(store: dist.Store, launch: Launch, problem: str) -> GandistError:
     """The error of all ranks: that of the first one to come to a conclusion, which it alone says aloud."""
     mine = f"{launch.rank} {problem}"
     first = store.compare_set("outcome", "", mine).decode()
-    if first == _COMPLETE:
+    if first.startswith(_COMPLETE):
         return GandistError(problem)
     if first == mine:
         time.sleep(1)  # so that the others can read it: the store may end with this process
@@ -231,12 +298,16 @@ def _end_process(error: GandistError) -> None:
     os._exit(1)
 
 
+def _mark(*said: object) -> str:
+    return hmac.digest(os.environ.get(SECRET_VARIABLE, "").encode(), repr(said).encode(), "sha256").hex()
+
+
 def _seat(rank: int) -> str:
     return f"seat {rank}"
 
 
 def _whereabouts(seat: str) -> str:
-    _, host, process = seat.split()
+    _, host, process, _ = seat.split()
     return f"{host} (process {process})"
 
 
@@ -254,5 +325,6 @@ def by_host(store: dist.Store, ranks: list[int]) -> str:
     """'0-3 on node-a, 4 on node-b'"""
     hosts: dict[str, list[int]] = {}
     for rank in ranks:
-        hosts.setdefault(store.get(_seat(rank)).decode().split()[1], []).append(rank)
+        _, host, *_ = [*store.get(_seat(rank)).decode(errors="replace").split(), "?", "?"]  # as above
+        hosts.setdefault(host, []).append(rank)
     return ", ".join(f"{_ranges(each)} on {host}" for host, each in hosts.items())

@@ -15,7 +15,7 @@ from torch import nn
 
 from gandist import checkpoint
 from gandist.config import RUN_CONFIG, DataConfig, ModelConfig
-from gandist.config_file import load_config, nearest
+from gandist.config_file import load_config, load_run_config, nearest, without_permissions
 from gandist.data import normalize, to_uint8
 from gandist.data.decode import ImageError, Resize, fit
 from gandist.data.encode import upright
@@ -251,7 +251,7 @@ def _find(path: Path, step: int | None, best: bool) -> Path:
     best_by = None
     if best:
         run_config = path / RUN_CONFIG
-        best_by = load_config(run_config if run_config.exists() else None).checkpoint
+        best_by = (load_run_config(path) if run_config.exists() else load_config()).checkpoint
     return checkpoint.choose(path, step=step, best_by=best_by)
 
 
@@ -294,7 +294,7 @@ def _load_checkpoint(path: Path) -> TrainedGAN:
     try:
         meta = checkpoint.read_meta(path)
         saved = meta["config"]
-        model, data = ModelConfig.model_validate(saved["model"]), DataConfig.model_validate(saved["data"])
+        model, data = _networks_and_data(saved)
         origin = {"checkpoint": str(path)} | {key: meta[key] for key in ORIGIN}
     except (ValueError, LookupError, TypeError) as error:
         raise CheckpointError(f"{path} is of another version of gandist: {' '.join(str(error).split())}") from error
@@ -309,11 +309,15 @@ def _load_exported(path: Path) -> TrainedGAN:
         described = json.loads((path / DESCRIPTION).read_text())
         if described["format"] != FORMAT:
             raise CheckpointError(f"{path} was exported by another version of gandist (format {described['format']})")
-        model, data = ModelConfig.model_validate(described["model"]), DataConfig.model_validate(described["data"])
+        model, data = _networks_and_data(described)
         weights = {name: load_file(path / f"{name}.safetensors") for name in NETWORKS}
         return _build(path, model, data, described["class_names"], described["origin"], weights)
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{path} is not whole: {' '.join(str(error).split())}") from error
+
+
+def _networks_and_data(saved: dict) -> tuple[ModelConfig, DataConfig]:
+    return ModelConfig.model_validate(saved["model"]), DataConfig.model_validate(without_permissions(saved["data"]))
 
 
 def _build(

@@ -266,7 +266,7 @@ class Trainer:
             "world_size": self.world.size,
             "data_fingerprint": self.train_set.fingerprint,
             "class_names": self.train_set.class_names,
-            "config": self.config.model_dump(mode="json"),
+            "config": self.config.saved(),
             "versions": {
                 "gandist": gandist.__version__,
                 "torch": torch.__version__,

@@ -14,6 +14,8 @@
 #   MASTER_ADDR, MASTER_PORT  node 0 as the others reach it, and a free port there (default 29500)
 #   MODULE                    what runs (default gandist.train)
 #   GANDIST_JOIN_TIMEOUT      seconds until a missing rank is an error (default 120)
+#   GANDIST_SECRET            with NO_SSH: the same random text on each node, so that nobody else can join (docs/security.md);
+#                             ssh does not take it along
 set -euo pipefail
 if [[ ${1:-} == --help ]]; then
   sed -n '/^set /q; 2,$s/^# \{0,1\}//p' "$0"
@@ -34,9 +36,9 @@ if [[ -n ${HOSTFILE:-} ]]; then
     : "${MASTER_ADDR:?address of node 0}"
   fi
 else
+  export GANDIST_SECRET=${GANDIST_SECRET:-$(new_secret)}
   # The launcher has one port for all runs of a node, if it is not told another.
-  free='import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
-  options+=(--hostfile /dev/null/none --master_port "${MASTER_PORT:-$("$python" -c "$free")}")
+  options+=(--hostfile /dev/null/none --master_port "${MASTER_PORT:-$(free_port)}")
   # Without a number, the launcher takes the NUMA nodes of a CPU for devices.
   if [[ ${DS_ACCELERATOR:-} == cpu ]]; then NPROC_PER_NODE=${NPROC_PER_NODE:-2}; fi
 fi

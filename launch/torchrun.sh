@@ -10,9 +10,10 @@
 # From the environment:
 #   NPROC_PER_NODE            processes on this node; default: one a GPU, or two where there is none
 #   NNODES, NODE_RANK         how many nodes, and which of them this is, from 0
-#   MASTER_ADDR, MASTER_PORT  node 0 as the others reach it, and a free port there (default 29500)
+#   MASTER_ADDR, MASTER_PORT  node 0 as the others reach it, and a free port there (default 29500); on one node any free one
 #   MODULE                    what runs (default gandist.train)
 #   GANDIST_JOIN_TIMEOUT      seconds until a missing node or rank is an error (default 120)
+#   GANDIST_SECRET            on several nodes: the same random text on each, so that nobody else can join (docs/security.md)
 #   PET_...                   torchrun's other options, such as PET_MAX_RESTARTS=3 for --max-restarts=3
 set -euo pipefail
 if [[ ${1:-} == --help ]]; then
@@ -26,8 +27,11 @@ if [[ -z ${NPROC_PER_NODE:-} ]]; then
   gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
   NPROC_PER_NODE=$((gpus > 0 ? gpus : 2))
 fi
-nodes=(--standalone)
-if ((${NNODES:-1} > 1)); then
+if ((${NNODES:-1} == 1)); then
+  # Not --standalone: torchrun would unpickle what any program may write into its store.
+  nodes=(--master-addr=localhost --master-port="${MASTER_PORT:-$(free_port)}")
+  export GANDIST_SECRET=${GANDIST_SECRET:-$(new_secret)}
+else
   : "${NODE_RANK:?number of this node, from 0}" "${MASTER_ADDR:?address of node 0}"
   # Not --rdzv-backend=c10d: there, any node may become the one with rank 0.
   nodes=(--nnodes="$NNODES" --node-rank="$NODE_RANK" --master-addr="$MASTER_ADDR" --master-port="${MASTER_PORT:-29500}"

@@ -15,6 +15,7 @@ MASTER_ADDR=$(scontrol --oneliner show node "${names[0]}" | grep -oP ' NodeAddr=
 # Another port for each job and attempt, below those that systems hand out by themselves (32768 and up).
 MASTER_PORT=$((20000 + (SLURM_JOB_ID * 7 + ${SLURM_RESTART_COUNT:-0}) % 12000))
 export MASTER_ADDR MASTER_PORT
+export GANDIST_SECRET=${GANDIST_SECRET:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')} # which nobody outside of the job knows
 
 if [[ $LAUNCHER == deepspeed ]] && ((NNODES > 1)); then
   export NO_SSH=1 HOSTFILE=$PWD/slurm-$SLURM_JOB_ID.hosts

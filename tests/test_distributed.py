@@ -59,6 +59,18 @@ def set_environment(monkeypatch, *parts: dict[str, str]) -> None:
         "srun": ([SRUN], Launch(rank=6, size=7, local_rank=0, local_size=1, slurm=True)),
         "srun, another node": ([SRUN, OTHER_NODE], Launch(rank=3, size=7, local_rank=1, local_size=2, slurm=True)),
         "srun, one task": ([SRUN, {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}], ALONE),
+        "torchrun, one node": (
+            [TORCHRUN, {"LOCAL_WORLD_SIZE": "8"}],
+            Launch(rank=5, size=8, local_rank=1, local_size=8, one_node=True),
+        ),
+        "srun, one node": (
+            [SRUN, {"SLURM_STEP_TASKS_PER_NODE": "7", "SLURM_STEP_NUM_NODES": "1", "SLURM_NODEID": "0"}],
+            Launch(rank=6, size=7, local_rank=0, local_size=7, one_node=True, slurm=True),
+        ),
+        "by hand, as Kubernetes does": (
+            [{"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "7"}],
+            Launch(rank=1, size=2, local_rank=0, local_size=2),
+        ),
         "torchrun beneath srun": ([SRUN, TORCHRUN], Launch(rank=5, size=8, local_rank=1, local_size=4)),
         "sbatch without srun": ([SBATCH], ALONE),
         "the shell of salloc": ([SBATCH, {"SLURM_STEP_ID": str(0xFFFFFFFA), "SLURM_STEP_NUM_TASKS": "7"}], ALONE),
@@ -170,6 +182,11 @@ CASES: dict[str, tuple[tuple[str, str, str], list[dict[str, str]], str]] = {
         NOBODY,
         [{"TORCHELASTIC_USE_AGENT_STORE": "True", "RANK": "1"}] * 2,
         r"rank 1 was started twice, on \S+ \(process \d+\) and on \S+ \(process \d+\): each node needs a number",
+    ),
+    "another secret": (
+        NOBODY,
+        [{"LOCAL_WORLD_SIZE": "1", "GANDIST_SECRET": secret} for secret in ("a", "b")],
+        r"the place of rank [01] has been taken by a process that does not know GANDIST_SECRET \([01] on \S+\): another",
     ),
     "a name that is not known": (
         NOBODY,

@@ -70,6 +70,7 @@ def test_a_run_goes_to_its_end(started, case: str) -> None:
     assert [node.returncode for node in nodes] == [0] * len(nodes), "".join(node.stderr for node in nodes)
     assert ": 2 rank(s) on cpu" in nodes[0].stdout
     assert "\nfinished: " in nodes[0].stdout
+    assert ("any program on the network can join" in nodes[0].stdout) == (len(nodes) > 1)  # without GANDIST_SECRET
     assert [node.stdout for node in nodes[1:]] == [""] * (len(nodes) - 1), "rank 0 is on the first node"
     # Of two launchers, the one that ends second may find the store of the first one gone.
     said = [line for node in nodes for line in node.stderr.splitlines() if not re.search("TCPStore|DistNetworkError", line)]

@@ -29,7 +29,7 @@ from pathlib import Path
 asked = []
 for number in (signal.SIGTERM, signal.SIGUSR2):
     print(f"{number.name} was {signal.signal(number, lambda *_: asked.append(1)).name}")
-names = "SLURM_NODEID NODE_RANK NNODES NPROC_PER_NODE MASTER_ADDR MODULE LAUNCHER SRUN_CPUS_PER_TASK SET_UP"
+names = "SLURM_NODEID NODE_RANK NNODES NPROC_PER_NODE MASTER_ADDR MODULE LAUNCHER SRUN_CPUS_PER_TASK SET_UP GANDIST_SECRET"
 print("started", sys.argv[1:], {name: os.environ.get(name) for name in names.split()})
 hosts = os.environ.get("HOSTFILE")
 print("hosts", Path(hosts).read_text().split() if hosts else None, flush=True)
@@ -174,10 +174,12 @@ def test_what_the_launcher_is_started_with(cluster: Cluster, launcher: str) -> N
     log = cluster.log(job)
     nodes = re.findall(r"started (\[.*\]) (\{.*\})", log)
     assert len(nodes) == 2, log
+    secrets = set()
     for arguments, variables in nodes:
         assert ast.literal_eval(arguments) == ["bash", f"launch/{launcher}.sh", "a=b c", "finish", "7"]
         values = ast.literal_eval(variables)
         assert values["NODE_RANK"] == values.pop("SLURM_NODEID")
+        secrets.add(values.pop("GANDIST_SECRET"))
         assert values | {"NODE_RANK": ""} == {
             "NODE_RANK": "",
             "NNODES": "2",
@@ -188,6 +190,8 @@ def test_what_the_launcher_is_started_with(cluster: Cluster, launcher: str) -> N
             "SRUN_CPUS_PER_TASK": "12",
             "SET_UP": "yes",
         }
+    assert len(secrets) == 1
+    assert re.fullmatch("[0-9a-f]{32}", secrets.pop())
     hosts = {"torchrun": "None", "deepspeed": "['n1', 'slots=8', 'n2', 'slots=8']"}
     assert log.count(f"hosts {hosts[launcher]}") == 2
     assert log.count("SIGTERM was SIG_IGN") == log.count("SIGUSR2 was SIG_IGN") == 2

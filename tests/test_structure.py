@@ -11,6 +11,7 @@ from tests.ranks import ROOT, run_command
 # A module imports only from rows above its own. `errors`, `config` and `distributed` may be imported anywhere.
 ROWS = [
     "gandist",
+    "gandist.redaction",
     "gandist.errors",
     "gandist.atomic",
     "gandist.json_lines",
@@ -22,6 +23,7 @@ ROWS = [
     "gandist.schedule",
     "gandist.network",
     "gandist.launcher",
+    "gandist.messages",
     "gandist.rendezvous",
     "gandist.watchdog",
     "gandist.distributed",
@@ -134,6 +136,11 @@ ROWS = [
     "gandist.report.page",
     "gandist.report.__main__",
 ]
+UNPICKLING = {
+    *("pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "unsafe_load", "full_load"),
+    *("broadcast_object_list", "all_gather_object", "gather_object", "scatter_object_list", "send_object_list"),
+    "recv_object_list",
+}
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for path in (ROOT / "gandist").rglob("*.py")
@@ -167,6 +174,20 @@ def _imports(path: Path) -> set[str]:
             modules = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= modules & MODULES.keys() or {node.module}
     return {name for name in found if name in MODULES}
+
+
+@pytest.mark.parametrize("module", ROWS)
+def test_nothing_is_unpickled(module: str) -> None:
+    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+        names = {alias.name for alias in node.names} if isinstance(node, ast.Import | ast.ImportFrom) else set()
+        names |= {node.module} if isinstance(node, ast.ImportFrom) else set()
+        names |= {node.attr} if isinstance(node, ast.Attribute) else set()
+        assert not names & UNPICKLING, f"{module}, line {node.lineno}: use gandist.messages between ranks, JSON on the disk"
+        if isinstance(node, ast.Call):
+            options = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            assert "allow_pickle" not in options, f"{module}, line {node.lineno}"
+            if ast.unparse(node.func) == "torch.load":
+                assert options.get("weights_only") == "True", f"{module}, line {node.lineno}"
 
 
 @pytest.mark.parametrize("command", [["check"], ["format", "--check"]], ids=" ".join)

@@ -61,7 +61,7 @@ class _Handler(BaseHTTPRequestHandler):
     web: Web
 
     def do_GET(self) -> None:
-        answer, file = self.web.answer(self.path), self.web.folder / self.path[1:]
+        answer, file = self.web.answer(self.path), self.web.folder / self.path[1:].partition("?")[0]
         if answer == "redirect":
             self.send_response(302)
             self.send_header("Location", f"/moved{self.path}")

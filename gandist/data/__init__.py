@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import asdict
 from functools import partial
 
 import numpy as np
@@ -28,10 +29,11 @@ from gandist.data.memory import DecodedImages, decode_all, decoded_folder, decod
 from gandist.data.order import SampleOrder
 from gandist.data.remote import Remote
 from gandist.data.shards import LabelPolicy, ShardDataset, open_shards
-from gandist.data.sources import ShardList, find_shards
+from gandist.data.sources import Shard, ShardList, find_shards
 from gandist.data.storage import Storage
 from gandist.distributed import World
-from gandist.errors import DataError
+from gandist.errors import ConfigError, DataError
+from gandist.redaction import is_redacted
 from gandist.resolution import as_option
 
 __all__ = ["Batch", "Dataset", "DeviceBatch", "normalize", "open_dataset", "to_uint8", "upload"]
@@ -140,14 +142,24 @@ class Dataset:
 
 
 def open_dataset(spec: ShardSpec, config: DataConfig, world: World, *, split: str = "train") -> Dataset:
-    """The data set of `data.train` or `data.test`; the built-in digits are packed on first use. Raises DataError."""
+    """The data set of `data.train` or `data.test`; the built-in digits are packed on first use.
+
+    Raises DataError, and ConfigError where the secrets of a URL were left out.
+    """
+    for url in [spec] if isinstance(spec, str) else spec:
+        if is_redacted(url):
+            raise ConfigError(
+                f"{url}: the folder of a run keeps no passwords and signatures: give the address again, as data.{split}=…"
+            )
     if isinstance(spec, str) and spec.startswith(BUILT_IN):
         spec = _built_in_digits(spec, config, world)
     found = None
     with world.together():
         if world.is_main:
             found = find_shards(spec, Remote(allow_pipe=config.allow_pipe), split=split)
-    return Dataset(world.broadcast(found), config, world)
+    found = world.broadcast(asdict(found) if found else None)
+    shards = tuple(Shard(**shard) for shard in found.pop("shards"))
+    return Dataset(ShardList(shards, **found), config, world)
 
 
 def _open(found: ShardList, config: DataConfig, image_format: ImageFormat, world: World) -> ShardDataset:

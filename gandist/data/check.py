@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import io
 import multiprocessing
 import os
 import re
@@ -26,7 +25,7 @@ from tqdm import tqdm
 from gandist.arguments import positive
 from gandist.config import DataConfig
 from gandist.data.cache import ShardCache
-from gandist.data.decode import PILLOW_ERRORS, ImageError, decode
+from gandist.data.decode import PILLOW_ERRORS, ImageError, decode, open_image
 from gandist.data.index import LABEL, OFFSET, SIZE, LabelRule, key_at
 from gandist.data.mixing import WINDOW, shuffle_quality
 from gandist.data.remote import Remote, is_remote
@@ -35,6 +34,7 @@ from gandist.data.storage import Storage
 from gandist.data.usage import train_command
 from gandist.distributed import run
 from gandist.errors import DataError
+from gandist.redaction import redact
 from gandist.resolution import resolution_of
 
 _CHUNK = 256  # images that a process decodes at a time
@@ -121,7 +121,7 @@ class Reader:
 def look_at(encoded: bytes) -> tuple[str, int, tuple[int, int]]:
     """Format, channels and (width, height) of an image that can be decoded. Raises ImageError."""
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with open_image(encoded) as image:
             image_format, channels = image.format or "other", 1 if image.mode in _GREY else 3
     except PILLOW_ERRORS:
         image_format, channels = "other", 3
@@ -348,9 +348,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for section in find_sections(options.shards, remote):
             rule = LabelRule("" if options.label == "none" else options.label, section.found.classes)
             checked.append((section, look_through(section.found, Reader(shard_cache, rule), executor)))
-            print(report(*checked[-1]), end="\n\n", flush=True)
+            print(redact(report(*checked[-1])), end="\n\n", flush=True)
     if any(findings.sizes for _, findings in checked):
-        print(f"train on it with:\n  {recommendation(checked, options.label)}")
+        print(redact(f"train on it with:\n  {recommendation(checked, options.label)}"))
     if damage := sum(len(findings.damage) for _, findings in checked):
         raise DataError(f"{damage:,} damaged shards or images: restore or replace them")
 

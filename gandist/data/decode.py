@@ -6,6 +6,7 @@ decoders agree to the bit: tests hold them to it. The content decides which it i
 
 import io
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 import numpy as np
@@ -22,6 +23,9 @@ except ImportError:  # an extra: faster, not necessary
 
 Resize = Literal["none", "center-crop", "stretch"]
 PILLOW_ERRORS = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # at an image that it cannot read
+_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000"]  # Pillow's names
+_FORMATS += ["AVIF"] if find_spec("PIL.AvifImagePlugin") else []  # since Pillow 11.3
+_FORMATS += ["TGA"]  # last, as it has no mark at its beginning
 _JPEG = b"\xff\xd8\xff"
 _CMYK = ("CMYK", "YCCK")  # which simplejpeg converts in its own way
 _COLOUR_SPACE = {1: "GRAY", 3: "RGB"}
@@ -99,9 +103,14 @@ def fit(pixels: np.ndarray, resolution: Resolution, resize: Resize) -> np.ndarra
     return np.asarray(resized).reshape(wanted_height, wanted_width, channels)
 
 
+def open_image(encoded: bytes) -> Image.Image:
+    """With Pillow, in a format that it decodes itself: for others it starts programs, for EPS one that runs what is in it."""
+    return Image.open(io.BytesIO(encoded), formats=_FORMATS)
+
+
 def _decode_with_pillow(encoded: bytes, channels: int) -> np.ndarray:
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with open_image(encoded) as image:
             if image.mode.startswith(("I", "F")):
                 raise ImageError(f"{image.mode} pixels, which are not 8 bits a channel: convert them to 8 bits")
             return np.asarray(image.convert("L" if channels == 1 else "RGB")).reshape(image.height, image.width, channels)

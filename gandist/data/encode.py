@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from PIL.ExifTags import Base as ExifTag
 
-from gandist.data.decode import PILLOW_ERRORS, Resize, decode, fit, unreadable
+from gandist.data.decode import PILLOW_ERRORS, Resize, decode, fit, open_image, unreadable
 from gandist.resolution import Resolution
 
 _SIGNATURES = {"png": rb"\x89PNG\r\n\x1a\n", "jpg": rb"\xff\xd8\xff", "webp": rb"RIFF.{4}WEBP"}
@@ -101,7 +101,7 @@ def _inspect(content: bytes | Image.Image) -> tuple[str, int]:
     if isinstance(content, Image.Image):
         return content.mode, 1
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with open_image(content) as image:
             orientation = image.getexif().get(ExifTag.Orientation, 1) if _MAY_BE_ROTATED.search(content) else 1
             return image.mode, orientation
     except PILLOW_ERRORS as error:

@@ -31,6 +31,11 @@ def is_remote(url: str) -> bool:
     return "://" in url or url.startswith(PIPE)
 
 
+def without_query(url: str) -> str:
+    """A web address up to its question mark; anything else as it is."""
+    return url.partition("?")[0] if url.startswith(("http://", "https://")) else url
+
+
 def retrying(slowest: float) -> Retrying:
     """Tries up to TRIES times what raises TransientError, after random waits of at most `slowest` seconds."""
     return Retrying(
@@ -103,7 +108,8 @@ class Remote:
     @contextmanager
     def _run(self, command: str) -> Iterator[tuple[None, Iterator[bytes]]]:
         if not self.allow_pipe:
-            raise DataError(f"{PIPE}{command}: runs a command in a shell, which data.allow_pipe=true allows")
+            allowing = "data.allow_pipe=true allows, on the command line or in a file of --config, not in the folder of a run"
+            raise DataError(f"{PIPE}{command}: runs a command in a shell, which {allowing}")
         process = subprocess.Popen(
             command, shell=True, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, start_new_session=True
         )

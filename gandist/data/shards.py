@@ -188,15 +188,15 @@ def open_shards(
         for shard in range(first + world.rank, min(first + round_size, len(shards)), world.size):
             world.watchdog.doing(f"reading {shards[shard]}")
             try:
-                mine[shard] = _see(shards[shard], storage, policy, world, with_labels)
+                mine[shard] = tuple(_see(shards[shard], storage, policy, world, with_labels))
             except DataError as error:
                 wrong.append(str(error))
         for rank, (part, wrong_there) in enumerate(world.gather((mine, wrong))):
             failures += wrong_there
-            for shard, (*_, index, table, _) in part.items():
+            for shard, entry in ((shard, _Seen(*fields)) for shard, fields in part.items()):
                 elsewhere = rank // world.local_size != world.rank // world.local_size
-                storage.adopt(shards[shard], index, table if elsewhere and world.local_rank == 0 else None)
-            seen |= {shard: entry._replace(table=None) for shard, entry in part.items()}
+                storage.adopt(shards[shard], entry.index, entry.table if elsewhere and world.local_rank == 0 else None)
+                seen[shard] = entry._replace(table=None)
     if failures:
         more = [f"… and {len(failures) - _NAMED} more"] if len(failures) > _NAMED else []
         raise DataError("\n".join(sorted(failures)[:_NAMED] + more), on_every_rank=True)

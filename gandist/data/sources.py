@@ -12,8 +12,9 @@ from typing import Any
 from braceexpand import UnbalancedBracesError
 from webdataset.shardlists import expand_urls
 
-from gandist.data.remote import PIPE, Remote, TransientError, is_remote
+from gandist.data.remote import PIPE, Remote, TransientError, is_remote, without_query
 from gandist.errors import DataError
+from gandist.redaction import redact
 
 SPLITS = {"train": ("train", "training"), "test": ("test", "validation", "val")}  # of a folder, for data.train and data.test
 INFO_FILES = ("_info.json", "info.json")
@@ -31,14 +32,14 @@ class Shard:
 
     @property
     def name(self) -> str:
-        return self.url if self.url.startswith(PIPE) else posixpath.basename(self.url)
+        return self.url if self.url.startswith(PIPE) else posixpath.basename(without_query(self.url))
 
     @property
     def folder(self) -> str:
-        return "" if self.url.startswith(PIPE) else posixpath.dirname(self.url)
+        return "" if self.url.startswith(PIPE) else posixpath.dirname(without_query(self.url))
 
     def __str__(self) -> str:
-        return self.url
+        return redact(self.url)
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def find_shards(spec: str | Sequence[str], remote: Remote, *, split: str = "trai
     urls = [shard.url for shard in shards]
     if repeated := sorted({url for url in urls if urls.count(url) > 1} if len(set(urls)) < len(urls) else ()):
         raise DataError(f"named twice: {', '.join(repeated)}: every sample is to come once an epoch")
-    if packed := [url for url in urls if url.endswith(_COMPRESSED)]:
+    if packed := [url for url in urls if without_query(url).endswith(_COMPRESSED)]:
         raise DataError(f"{packed[0]}: compressed shards cannot be read at random: unpack them to .tar ({len(packed)} such)")
     return _declared(shards, folders)
 
@@ -111,10 +112,11 @@ def _named(name: str, folders: "_Folders", remote: Remote, split: str) -> Iterab
     """The shards behind one name. Raises FileNotFoundError if there are none."""
     if name.startswith(PIPE):
         return [Shard(name)]
-    if name.endswith(".json"):
+    path = without_query(name)
+    if path.endswith(".json"):
         return _wids_index(name, remote)
     if is_remote(name):
-        is_folder = not name.endswith((".tar", *_COMPRESSED))
+        is_folder = not path.endswith((".tar", *_COMPRESSED))
         is_pattern = not name.startswith("http") and glob.has_magic(name)
     else:
         is_folder, is_pattern = Path(name).is_dir(), glob.has_magic(name)
@@ -154,7 +156,7 @@ def _wids_index(url: str, remote: Remote) -> list[Shard]:
         raise FileNotFoundError(url)
 
     def parse() -> list[Shard]:
-        base = posixpath.dirname(url)
+        base = posixpath.dirname(without_query(url))
         return [
             Shard(_join(base, entry["url"]), None if entry.get("nsamples") is None else int(entry["nsamples"]))
             for entry in index["shardlist"]

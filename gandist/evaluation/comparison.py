@@ -109,9 +109,9 @@ class Comparison:
             raise ConfigError(f"evaluation.metrics has {name}, which wants more than {FEWEST} images of either kind")
         if "moments" in metric.fakes:
             self._warn_of_few(name, min(count, made["n_real"] or count), extractor.num_features)
-        values = self.world.broadcast(list(metric.compute(real, fake)) if self.world.is_main else None)
+        values = self.world.broadcast([tuple(value) for value in metric.compute(real, fake)] if self.world.is_main else None)
         for each, value in zip(metric.values, values, strict=True):
-            yield f"eval/{each}", value, made
+            yield f"eval/{each}", Value(*value), made
 
     def _parts_of_reals(self, metric: Metric) -> frozenset[str]:
         """All that metrics want of the same images, so that one pass serves them."""

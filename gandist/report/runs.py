@@ -16,6 +16,7 @@ from PIL import Image
 from gandist.config import RUN_CONFIG
 from gandist.errors import ReportError
 from gandist.json_lines import Row, read_rows
+from gandist.redaction import redacted
 
 METRICS = "metrics.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -200,7 +201,8 @@ def _read_run(name: str, folder: Path) -> Run:
     metrics = read_rows(folder / METRICS, "step", "kimg")
     if not metrics:
         raise ReportError(f"{folder} has no metrics yet: wait for the first interval, of tracking.every_kimg")
-    return Run(name, folder, config, metrics, read_rows(folder / EVALUATIONS, "metric"), read_rows(folder / STARTS))
+    starts = redacted(read_rows(folder / STARTS))  # older versions kept secrets
+    return Run(name, folder, redacted(config), metrics, read_rows(folder / EVALUATIONS, "metric"), starts)
 
 
 def _data_url(path: Path) -> str:
@@ -213,7 +215,7 @@ def _data_url(path: Path) -> str:
 def _smaller(path: Path) -> bytes:
     """The picture as a JPEG."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             picture = image.convert("RGB")
     except OSError as error:
         raise ReportError(f"{path} is damaged, or still being written: {error}") from error

@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from gandist.config import Config
 from gandist.evaluation.evaluator import BEST, Evaluation
 from gandist.launcher import read_job
 from gandist.network import is_reachable
+from gandist.redaction import redacted
 from gandist.tracking.meter import Scalars
 from gandist.tracking.tracker import Samples, Tracker, per_class_columns
 
@@ -51,7 +53,7 @@ class WeightsAndBiases(Tracker):
             "id": id_file.read_text(),
             "resume": "allow",
             "dir": config.run_dir,
-            "config": config.model_dump(mode="json") | {"start": start},
+            "config": config.saved() | {"start": start},
             "settings": wandb.Settings(silent=True, console="off", init_timeout=10, finish_timeout=patience),
         }
         self._run = self._open()
@@ -138,12 +140,15 @@ class WeightsAndBiases(Tracker):
         return "online" if mode == "online" or self._wandb.login(prompt=False, verify=False) else "offline"
 
     def _open(self) -> Any:
+        command, sys.argv = sys.argv, redacted(sys.argv)  # which W&B sends, too
         try:
             return self._wandb.init(mode=self._mode(), **self._options)
         except self._wandb.Error as error:
             print(f"warning: W&B cannot be used online ({' '.join(str(error).split())}); the run is kept offline", flush=True)
             self._wandb.teardown()  # the failed attempt still holds the run's id
             return self._wandb.init(mode="offline", **self._options)
+        finally:
+            sys.argv = command
 
     def _guarded(self, action: Callable[[], Any]) -> None:
         """No failure of W&B may end a run: it is told of once, and W&B is left alone from there."""
