@@ -3,6 +3,10 @@
 python=python own=$(dirname "${BASH_SOURCE[0]}")/../.venv/bin/python
 if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -x $own ]]; then python=$own; fi
 
+count_gpus() { # ends quietly at a Ctrl-C
+  "$python" -c 'import signal; signal.signal(2, signal.SIG_DFL); import torch; print(torch.cuda.device_count())'
+}
+
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # When a collective hangs: end the process at once, not by way of NCCL, which may hang as well, and leave a record of the
 # last collectives, for `torchfrtrace`.

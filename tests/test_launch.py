@@ -2,15 +2,18 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import psutil
 import pytest
 
 from tests.ranks import ROOT, launch, run_command
@@ -81,6 +84,30 @@ def test_a_signal_to_the_deepspeed_launcher_saves_and_stops(started) -> None:
     assert ": 2 rank(s) on cpu" in node.stdout, node.stderr
     assert "\nstopped by a signal at kimg " in node.stdout, node.stderr
     assert node.returncode == 1
+
+
+def test_ctrl_c_at_the_start_ends_all_without_a_word(environment: dict[str, str], tmp_path: Path, cache_dir: Path) -> None:
+    """While the ranks import torch."""
+    options = [*QUIET, "train.kimg=1000", f"data.cache_dir={cache_dir}", f"run_dir={tmp_path}"]
+    for script in ("torchrun", "deepspeed"):
+        command = ["bash", f"launch/{script}.sh", *options]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with subprocess.Popen(command, cwd=ROOT, env=environment | ONE_NODE, start_new_session=True, text=True, **pipes) as run:
+            until(lambda: len(ranks(run.pid)) == 2)
+            started = ranks(run.pid)
+            os.killpg(run.pid, signal.SIGINT)
+            said, _ = run.communicate(timeout=30)
+        assert (said, run.returncode != 0) == ("", True)
+        assert not any(rank.is_running() for rank in started)
+
+
+def ranks(launcher: int) -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process(launcher).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "RANK" in process.environ():
+                found.append(process)
+    return found
 
 
 def test_ranks_started_anew_meet_anew(environment: dict[str, str]) -> None:
