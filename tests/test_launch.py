@@ -148,6 +148,21 @@ def test_what_a_script_misses(monkeypatch, script: str, variables: dict[str, str
     assert problem in result.stderr
 
 
+def test_a_port_that_is_taken_is_one_line(environment: dict[str, str]) -> None:
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        first = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(other.getsockname()[1])}
+        command = ["bash", "launch/torchrun.sh", "--print-config"]
+        result = subprocess.run(
+            command, cwd=ROOT, env=environment | ONE_NODE | first, capture_output=True, text=True, timeout=60, check=False
+        )
+    assert result.returncode == 1
+    assert re.fullmatch(
+        r"error: torchrun on \S+: .* port: \d+, .*EADDRINUSE.*: set MASTER_PORT to a free one, .*\n", result.stderr
+    )
+
+
 @pytest.mark.parametrize("module", ["gandist.train", "gandist.evaluate"])
 @pytest.mark.parametrize("option", [["--local_rank=1"], ["--local-rank", "1"]])
 def test_deepspeeds_local_rank_is_ignored(module: str, option: list[str]) -> None:
