@@ -5,6 +5,8 @@ In Python there are `load`, of a trained GAN that generates, classifies and tran
 command imports this package, too.
 """
 
+import signal
+import sys
 from importlib import import_module
 from typing import Any
 
@@ -18,6 +20,10 @@ _HOMES = {
     "train_run": "gandist.api",
 }
 __all__ = ["__version__", *_HOMES]
+
+if sys.argv[:1] == ["-m"] and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    # Python is about to start one of the commands. A Ctrl-C while that imports torch ends it without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def __dir__() -> list[str]:

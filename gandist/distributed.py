@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -196,13 +197,18 @@ def choose_device(launch: Launch) -> torch.device:
 def run(main: Callable[[], None]) -> None:
     """Runs an entry point: an error a user can act on becomes one message and exit status 1.
 
-    Other errors keep their traceback, which torchrun shows for the rank that failed first.
+    Other errors keep their traceback, which torchrun shows for the rank that failed first. A Ctrl-C has none.
     """
+    if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # since `import gandist`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     @record
     def guarded() -> None:
         try:
             main()
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            sys.exit(130)
         except GandistError as error:
             _fail(str(error), on_every_rank=error.on_every_rank)
         except OSError as error:

@@ -311,7 +311,10 @@ def _load_exported(path: Path) -> TrainedGAN:
             raise CheckpointError(f"{path} was exported by another version of gandist (format {described['format']})")
         model, data = _networks_and_data(described)
         weights = {name: load_file(path / f"{name}.safetensors") for name in NETWORKS}
-        return _build(path, model, data, described["class_names"], described["origin"], weights)
+        origin = {key: described["origin"][key] for key in ("checkpoint", *ORIGIN)}
+        return _build(path, model, data, described["class_names"], origin, weights)
+    except KeyError as error:
+        raise CheckpointError(f"{path} is not whole: {DESCRIPTION} has no {error}") from error
     except (OSError, ValueError, LookupError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{path} is not whole: {' '.join(str(error).split())}") from error
 

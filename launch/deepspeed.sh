@@ -24,7 +24,7 @@ fi
 
 . "$(dirname "$0")/environment.sh"
 
-if [[ -z ${DS_ACCELERATOR:-} ]] && (($("$python" -c 'import torch; print(torch.cuda.device_count())') == 0)); then
+if [[ -z ${DS_ACCELERATOR:-} ]] && (($(count_gpus) == 0)); then
   export DS_ACCELERATOR=cpu
 fi
 options=(--quiet --no_local_rank --module)
@@ -48,13 +48,22 @@ if [[ -n ${HOSTFILE:-} && -z ${NO_SSH:-} ]]; then exec "${launch[@]}"; fi
 
 # Of a SIGTERM, this launcher would die and leave its children and the ranks behind. They get it instead, and save.
 "${launch[@]}" &
-runner=$!
-trap 'kill -TERM $(<"/proc/$runner/task/$runner/children")' TERM
-trap : INT # of a Ctrl-C, they have their own
+runner=$! early=0
+children() { cat "/proc/$runner/task/$runner/children"; }
+trap 'kill -TERM $(children)' TERM
+# A Ctrl-C comes to all of them. In the background they ignore it until they are ready for it.
+interrupt() {
+  read -r process _ <<<"$(children) $runner"
+  if ((0x$(sed -n 's/^SigIgn:\s*//p' "/proc/$process/status") & 2)); then
+    early=130
+    kill -TERM "$process"
+  fi
+}
+trap interrupt INT
 code=0
 wait "$runner" || code=$?
 while kill -0 "$runner" 2>/dev/null; do # it was a signal that ended the waiting
   code=0
   wait "$runner" || code=$?
 done
-exit "$code"
+exit $((code ? code : early))

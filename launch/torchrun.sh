@@ -24,7 +24,7 @@ fi
 . "$(dirname "$0")/environment.sh"
 
 if [[ -z ${NPROC_PER_NODE:-} ]]; then
-  gpus=$("$python" -c 'import torch; print(torch.cuda.device_count())')
+  gpus=$(count_gpus)
   NPROC_PER_NODE=$((gpus > 0 ? gpus : 2))
 fi
 if ((${NNODES:-1} == 1)); then
@@ -43,4 +43,4 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 # A signal to torchrun reaches the ranks, which save and end; they have two minutes for it instead of half a one.
 export PET_SIGNALS_TO_HANDLE=${PET_SIGNALS_TO_HANDLE:-SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR2}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
-exec "$python" -m torch.distributed.run "${nodes[@]}" --nproc-per-node="$NPROC_PER_NODE" -m "${MODULE:-gandist.train}" "$@"
+exec "$python" "$(dirname "$0")/torchrun.py" "${nodes[@]}" --nproc-per-node="$NPROC_PER_NODE" -m "${MODULE:-gandist.train}" "$@"

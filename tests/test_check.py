@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -158,7 +159,9 @@ def test_all_damage_is_named(tmp_path: Path, check: Check) -> None:
     images = [whole, whole[: len(whole) // 2], whole, b"not an image", b""]
     undecodable = write_tar(tmp_path / "b.tar", labelled(images, [0, 1] * 2 + [0], "jpg"))
     wrong = write_tar(tmp_path / "c.tar", labelled([whole], ["?"], "jpg"))
-    text = check(tmp_path / "[abc].tar", damaged=True)
+    os.mkfifo(pipe := tmp_path / "d.tar")
+    text = check(tmp_path / "[abcd].tar", damaged=True)
+    assert f"\n{pipe}: is a pipe, a device or a folder, not a file" in text
     assert f"damage {truncated}: damaged or truncated" in text
     assert f"\n{wrong}: the label of sample '000000' (cls) is b'?', not an integer\n" in text
     for number, offset in zip((1, 3, 4), scan_file(undecodable)[[1, 3, 4], OFFSET], strict=True):

@@ -302,11 +302,17 @@ def test_rare_updates_that_are_not_finite_can_be_left_out(tmp_path: Path, cache_
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops(tmp_path: Path, cache_dir: Path, number: signal.Signals) -> None:
     run_dir = tmp_path / "r"
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "gandist.train"]
     options = arguments(run_dir, cache_dir, "train.kimg=1000", "checkpoint.every_kimg=1000")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NPROC_PER_NODE": "2", "VIRTUAL_ENV": sys.prefix, "PATH": path}
     process = subprocess.Popen(
-        [*command, *options], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        ["bash", "launch/torchrun.sh", *options],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
     deadline = time.monotonic() + 60
     while not (run_dir / "metrics.jsonl").exists():
@@ -314,7 +320,7 @@ def test_a_signal_saves_and_stops(tmp_path: Path, cache_dir: Path, number: signa
         time.sleep(0.2)
     os.killpg(process.pid, number)  # as Ctrl-C and schedulers do: launcher, ranks and decoding workers alike
     output, _ = process.communicate(timeout=60)
-    assert "stopped by a signal at kimg" in output
+    assert re.match("stopped by a signal at kimg .* and saved", output.splitlines()[-1]), output
     (saved,) = (run_dir / "checkpoints").iterdir()
     images = json.loads((saved / "meta.json").read_text())["images"]
     result = launch(2, "gandist.train", *arguments(run_dir, cache_dir, f"train.kimg={images / 1000 + 0.1}"))

@@ -1,8 +1,10 @@
 """DeepSpeed, at every stage of ZeRO, against DDP: the same steps, checkpoints, guard and console."""
 
 import math
+import os
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 from unittest.mock import patch
@@ -21,7 +23,7 @@ from gandist.models import build_discriminator
 from gandist.objective import DiscriminatorObjective
 from gandist.train import train
 from tests.games import discriminator_inputs
-from tests.ranks import launch, run_command, run_ranks
+from tests.ranks import end_ranks, launch, run_command, run_module, run_ranks, start_ranks
 from tests.test_player import HostWaits
 from tests.test_promises import final_state, rows
 
@@ -267,3 +269,23 @@ def test_training_loads_only_what_it_takes(tmp_path: Path, cache_dir: Path) -> N
     loaded = set(result.stdout.partition("loaded:")[2].split())
     assert "webdataset" in loaded, result.stderr
     assert not loaded & {"torch_fidelity", "torchmetrics", "sklearn", "scipy", "timm", "deepspeed", "wandb", "plotly"}
+
+
+def _start(out: Path, err: Path, arguments: list[str]) -> None:
+    """The run of a rank; rank 1 dies as it begins to build its engines."""
+    from gandist.engine import zero
+
+    if os.environ["RANK"] == "1":
+        zero._import_deepspeed = lambda world: os.kill(os.getpid(), signal.SIGKILL)
+    run_module(out, err, "gandist.train", arguments)
+
+
+def test_a_rank_that_dies_while_engines_are_built_is_not_waited_for(tmp_path: Path, cache_dir: Path) -> None:
+    small = ["model.generator_width=2", "model.discriminator_width=2", "evaluation.metrics=[]", "tracking.wandb=off"]
+    options = [f"run_dir={tmp_path / 'run'}", f"data.cache_dir={cache_dir}", *small, "engine=deepspeed"]
+    out, err = tmp_path / "out", tmp_path / "err"
+    ranks = start_ranks(2, lambda rank: (_start, out, err, [*options, "train.timeout_minutes=0.1"]))
+    ranks[0].join(40)
+    assert end_ranks(ranks) == []
+    assert [rank.exitcode for rank in ranks] == [1, -signal.SIGKILL]
+    assert re.search("^error \\(rank 0\\): another rank does not answer", err.read_text(), re.MULTILINE)

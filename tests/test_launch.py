@@ -2,15 +2,18 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import psutil
 import pytest
 
 from tests.ranks import ROOT, launch, run_command
@@ -84,6 +87,30 @@ def test_a_signal_to_the_deepspeed_launcher_saves_and_stops(started) -> None:
     assert node.returncode == 1
 
 
+def test_ctrl_c_at_the_start_ends_all_without_a_word(environment: dict[str, str], tmp_path: Path, cache_dir: Path) -> None:
+    """While the ranks import torch."""
+    options = [*QUIET, "train.kimg=1000", f"data.cache_dir={cache_dir}", f"run_dir={tmp_path}"]
+    for script in ("torchrun", "deepspeed"):
+        command = ["bash", f"launch/{script}.sh", *options]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with subprocess.Popen(command, cwd=ROOT, env=environment | ONE_NODE, start_new_session=True, text=True, **pipes) as run:
+            until(lambda: len(ranks(run.pid)) == 2)
+            started = ranks(run.pid)
+            os.killpg(run.pid, signal.SIGINT)
+            said, _ = run.communicate(timeout=30)
+        assert (said, run.returncode != 0) == ("", True)
+        assert not any(rank.is_running() for rank in started)
+
+
+def ranks(launcher: int) -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process(launcher).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "RANK" in process.environ():
+                found.append(process)
+    return found
+
+
 def test_ranks_started_anew_meet_anew(environment: dict[str, str]) -> None:
     """One dies within the first exchange; torchrun keeps the store of the ranks, with the dead one's address in it."""
     options = ["--standalone", "--nproc_per_node=2", "--max-restarts=1", "-m", "tests.joins", "SIGKILL", "1", "all_reduce"]
@@ -120,6 +147,21 @@ def test_what_a_script_misses(monkeypatch, script: str, variables: dict[str, str
     result = run_command("bash", f"launch/{script}.sh")
     assert result.returncode == 1
     assert problem in result.stderr
+
+
+def test_a_port_that_is_taken_is_one_line(environment: dict[str, str]) -> None:
+    with socket.socket() as other:
+        other.bind(("0.0.0.0", 0))
+        other.listen()
+        first = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(other.getsockname()[1])}
+        command = ["bash", "launch/torchrun.sh", "--print-config"]
+        result = subprocess.run(
+            command, cwd=ROOT, env=environment | ONE_NODE | first, capture_output=True, text=True, timeout=60, check=False
+        )
+    assert result.returncode == 1
+    assert re.fullmatch(
+        r"error: torchrun on \S+: .* port: \d+, .*EADDRINUSE.*: set MASTER_PORT to a free one, .*\n", result.stderr
+    )
 
 
 @pytest.mark.parametrize("module", ["gandist.train", "gandist.evaluate"])

@@ -1,6 +1,11 @@
 """Batches: the same whatever the ranks, workers and storage; pixels as every decoder has them; bad images named or skipped."""
 
 import io
+import multiprocessing
+import os
+import re
+import resource
+import signal
 import threading
 import time
 from collections import Counter
@@ -26,9 +31,11 @@ from gandist.data.decode import ImageError, ImageFormat, decode_into, fit
 from gandist.data.loader import EvaluationBatches, ShardReader, TrainingBatches, load_batches
 from gandist.data.order import SampleOrder
 from gandist.data.shards import ShardDataset
-from gandist.distributed import World
+from gandist.distributed import World, join_world
 from gandist.errors import DataError
+from tests.ranks import run_ranks
 from tests.shards import open_files, png, write_shards, write_tar
+from tests.small_disk import mount_small_disk
 
 TINY = ImageFormat(4, 1)
 
@@ -220,6 +227,54 @@ def test_images_that_cannot_be_used_are_named(tmp_path: Path, world: World, cont
             next(batches)
         assert str(caught.value).startswith(f"{tmp_path}/x.tar: sample 'odd' (byte 2560): ")
         assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("number", "problem"),
+    [(signal.SIGKILL, "a decoding worker was killed by SIGKILL"), (signal.SIGBUS, "/dev/shm is too small")],
+)
+def test_a_worker_that_dies_is_a_clear_error(tmp_path: Path, world: World, number: int, problem: str) -> None:
+    write_shards(tmp_path / "a", [8])
+    dataset = open_files(str(tmp_path / "a"), tmp_path / "cache", world)
+    batches = TrainingBatches(SampleOrder([8], seed=0), 4, 0, 1, 0)
+    with closing(load_batches(ShardReader(dataset, TINY), batches, dataset, num_workers=2)) as loaded:
+        next(loaded)
+        worker = multiprocessing.active_children()[0]
+        os.kill(worker.pid, number)
+        worker.join()
+        with pytest.raises(DataError, match=problem):
+            list(islice(loaded, 100))
+
+
+def _fail_to_load(folder: Path) -> list[str]:
+    """The errors with too few files, then with too little shared memory."""
+    errors = []
+    mount_small_disk(Path("/dev/shm"), 100_000)
+    with join_world() as world:
+        dataset = open_files(str(folder / "a"), folder / "cache", world)
+
+        def load() -> None:
+            reader = ShardReader(dataset, ImageFormat(256, 1, "stretch"))
+            batches = load_batches(reader, EvaluationBatches(dataset.shard_sizes, 8, 0, 1), dataset, num_workers=1)
+            with pytest.raises(DataError) as caught:
+                list(batches)
+            errors.append(str(caught.value))
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (20, hard))
+        load()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        load()
+    return errors
+
+
+def test_too_few_files_and_too_little_shared_memory_are_clear_errors(tmp_path: Path) -> None:
+    write_shards(tmp_path / "a", [8])
+    ((files, memory),) = run_ranks(1, _fail_to_load, tmp_path)
+    assert re.match(r"the limit of 20 open files is too low for data.num_workers=1: raise it \(ulimit -n 1024\)", files)
+    assert "/dev/shm is too small" in memory
+    assert "docker run --shm-size=8g" in memory
+    assert "data.num_workers=0" in memory
 
 
 def test_skipped_images_are_replaced_by_the_next_of_their_shard(tmp_path: Path, world: World) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import random
 import tarfile
 from pathlib import Path
@@ -191,6 +192,15 @@ def test_links_and_compressed_shards_are_refused(tmp_path: Path) -> None:
         tar.add(write_shard(tmp_path / "x.tar", count=1), "x.png")
     with pytest.raises(DataError, match="compressed shards cannot be read at random: unpack it"):
         scan_file(tmp_path / "packed.tar")
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("stage", [False, True])
+def test_a_pipe_is_refused_by_name(tmp_path: Path, world: World, stage: bool) -> None:
+    """Opening it would wait for a writer for ever."""
+    os.mkfifo(tmp_path / "0.tar")
+    with pytest.raises(DataError, match=r"/0\.tar: is a pipe, a device or a folder, not a file"):
+        open_files(str(tmp_path / "0.tar"), tmp_path / "cache", world, stage=stage)
 
 
 def test_labels_out_of_range_and_missing(tmp_path: Path, world: World) -> None:

@@ -321,6 +321,29 @@ def test_what_a_script_misses(monkeypatch, arguments: list[str], variables: dict
     assert problem in result.stderr
 
 
+def test_a_script_misses_the_end_of_a_quote(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "sweep.txt").write_text("a=1\na=it's b=2\n")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    result = run_command("bash", "slurm/sweep.sbatch", str(tmp_path / "sweep.txt"))
+    assert result.returncode == 1
+    assert result.stderr == f"sweep.sbatch: {tmp_path}/sweep.txt, line 2: a quote is not closed: a=it's b=2\n"
+
+
+def test_a_script_misses_the_outcome(tmp_path: Path, monkeypatch) -> None:
+    """It is empty, before the run and after; with a stand-in for what starts the ranks."""
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "nodes.sh").write_text('echo trained\n: >"$GANDIST_OUTCOME"\n')
+    (tmp_path / "slurm-1.outcome").touch()
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho ' JobState=COMPLETING '\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for name in ("SLURM_JOB_ID", "SLURM_JOB_NUM_NODES"):
+        monkeypatch.setenv(name, "1")
+    result = run_command("bash", str(ROOT / "slurm" / "train.sbatch"), cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (1, "trained\n")
+    assert result.stderr == f"train.sbatch: gandist.train did not say in {tmp_path}/slurm-1.outcome how it ended\n"
+
+
 @pytest.mark.parametrize("script", ["train.sbatch", "evaluate.sbatch", "sweep.sbatch"])
 def test_another_folder_is_refused(tmp_path: Path, monkeypatch, script: str) -> None:
     monkeypatch.setenv("SLURM_JOB_ID", "1")

@@ -297,13 +297,11 @@ def test_a_stop_in_an_evaluation_is_followed_at_once_and_the_evaluation_made_up_
 
 
 def test_a_killed_rank_is_started_anew_and_nothing_is_lost_but_time(tmp_path: Path, cache_dir: Path) -> None:
-    length = ["train.kimg=6", "checkpoint.every_kimg=0.64", f"tracking.every_kimg={STEP}"]
-    process = start(*options(tmp_path / "killed", cache_dir, *length), launcher=[*TORCHRUN, "--max-restarts=3"])
-    until_it_trains(process, tmp_path / "killed", rows=15)
-    rank_of(process, 1).kill()
-    output, _ = process.communicate(timeout=100)
-    assert process.returncode == 0, output
-    assert "resumed from" in output
+    length = ["train.kimg=1.28", "checkpoint.every_kimg=0.64", f"tracking.every_kimg={STEP}"]
+    command = [*TORCHRUN, "--max-restarts=1", "-m", "tests.dies", "15", *options(tmp_path / "killed", cache_dir, *length)]
+    result = run_command(*command, timeout=250)
+    assert result.returncode == 0, result.stderr
+    assert "resumed from" in result.stdout
     run_ranks(2, main, options(tmp_path / "straight", cache_dir, *length))
     assert_same_weights(tmp_path / "killed", tmp_path / "straight")
 

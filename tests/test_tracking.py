@@ -1,5 +1,6 @@
 """What a run tells: on the console, in its folder, to W&B, online, offline and with a server that is gone."""
 
+import io
 import json
 import math
 import os
@@ -11,9 +12,10 @@ import subprocess
 import sys
 import termios
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from torch import nn
@@ -219,6 +221,60 @@ def _train_with_a_broken_wandb(run_dir: Path, cache_dir: Path) -> None:
 
     wandb.Run.log = broken
     main(arguments(run_dir, cache_dir, "tracking.wandb=offline", "evaluation.metrics=[]"))
+
+
+def test_wandb_that_cannot_start_is_a_warning(tmp_path: Path, cache_dir: Path) -> None:
+    run_ranks(1, _train_with_unusable_wandb, tmp_path, cache_dir)
+
+
+def _train_with_unusable_wandb(folder: Path, cache_dir: Path) -> None:
+    from gandist.train import main
+
+    def train(name: str, mode: str) -> str:
+        with redirect_stdout(io.StringIO()) as said:
+            main(arguments(folder / name, cache_dir, f"tracking.wandb={mode}", "evaluation.metrics=[]"))
+        assert len((folder / name / "metrics.jsonl").read_text().splitlines()) == 8
+        return said.getvalue()
+
+    (folder / "file").mkdir()
+    (folder / "file" / "wandb").touch()
+    assert train("file", "offline").count("warning: W&B failed") == 1
+    os.environ["WANDB_BASE_URL"] = "http://[::"
+    assert train("url", "auto").count("warning: W&B failed") == 1
+    del os.environ["WANDB_BASE_URL"]
+    (folder / "id").mkdir()
+    (folder / "id" / "wandb_id").touch()
+    said = train("id", "offline")
+    assert "warning: W&B" not in said, said
+    assert offline_parts(folder / "id")[0].id == (folder / "id" / "wandb_id").read_text() != ""
+
+
+def test_wandb_that_hangs_does_not_hold_up_the_run(tmp_path: Path, cache_dir: Path) -> None:
+    """Its process is stopped; neither the end of the run nor that of Python waits for it."""
+    options = arguments(tmp_path / "run", cache_dir, "tracking.wandb=offline", "evaluation.metrics=[]", "train.kimg=1000")
+    code = f"""
+from gandist.tracking import weights_and_biases
+from gandist.train import main
+weights_and_biases.CALL_PATIENCE = weights_and_biases.FINISH_PATIENCE = 1
+main({options})
+"""
+    command = [sys.executable, "-c", code]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.read_text(), process)
+    (service,) = [child for child in psutil.Process(process.pid).children() if child.name() == "wandb-core"]
+    service.suspend()
+    process.send_signal(signal.SIGTERM)
+    try:
+        out, err = process.communicate(timeout=20)
+    finally:
+        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            service.kill()
+    assert process.returncode == 0, err
+    assert out.count("warning: W&B failed (no answer within 2 s); the run goes on without it") == 1
+    assert "stopped by a signal at kimg" in out
+    assert "Traceback" not in err
 
 
 def test_a_terminal_shows_a_table_and_a_bar(tmp_path: Path, cache_dir: Path) -> None:

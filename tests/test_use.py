@@ -24,7 +24,7 @@ import gandist
 from gandist import checkpoint
 from gandist.config import DataConfig, ModelConfig
 from gandist.data import normalize
-from gandist.errors import ConfigError
+from gandist.errors import CheckpointError, ConfigError
 from gandist.export import export
 from gandist.generate import GeneratedImages
 from gandist.generate import main as generate
@@ -268,6 +268,15 @@ def test_bad_input_is_one_line(
     assert line.startswith("error: ")
     assert message.replace("NOWHERE", files["NOWHERE"]) in line
     assert {*tmp_path.rglob("*")} == before
+
+
+def test_a_key_that_an_export_lacks_is_named(exported: Path, tmp_path: Path) -> None:
+    shutil.copytree(exported, tmp_path / "e")
+    described = json.loads((exported / "gandist.json").read_text())
+    for lacking, key in ((described | {"origin": {}}, "checkpoint"), ({"format": 1}, "model")):
+        (tmp_path / "e" / "gandist.json").write_text(json.dumps(lacking))
+        with pytest.raises(CheckpointError, match=f"is not whole: gandist.json has no '{key}'"):
+            gandist.load(tmp_path / "e")
 
 
 def make_insects(folder: Path) -> Path:

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import re
 import signal
-import sys
 import tempfile
 import warnings
 from collections import Counter
@@ -357,7 +356,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: the processes go too
-    try:
-        run(main)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    run(main)

@@ -1,7 +1,12 @@
 """Positions → batches of decoded images, through webdataset's pipeline and worker processes."""
 
 import multiprocessing.util
+import os
+import re
+import resource
 import signal
+import socket
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 import webdataset as wds
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from gandist.data.decode import ImageError, ImageFormat, decode_into
 from gandist.data.order import Block, SampleOrder
@@ -24,6 +29,9 @@ from gandist.preemption import ignore_signals
 PREFETCHED_BATCHES = 4
 SHARED_BATCHES = PREFETCHED_BATCHES + 1  # of a worker: those asked of it, and the one that is being copied
 PLANNED_BATCHES = 16  # whose samples are looked up at once
+FILES_PER_WORKER = 3 + SHARED_BATCHES  # that the main process opens: pipes, and the memory of batches
+_NO_SHARED_MEMORY = re.compile(r"</torch_.*No space left on device|^\[Errno 28\] No space left on device$")
+_NO_FILES = ("Too many open files", "items of ancdata")
 
 
 class Batch(NamedTuple):
@@ -234,18 +242,20 @@ def load_batches(
     num_workers: int = 0,
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
-    """Batches in their order, read in `num_workers` processes. Raises DataError for a sample that cannot be used.
+    """Batches in their order, read in `num_workers` processes. Raises DataError for a sample that cannot be used, and where
+    a worker dies or finds no shared memory.
 
     pin_memory: copy them to page-locked memory, for a GPU, which there must be
     """
     pipeline = wds.DataPipeline(_Source(batches, dataset), wds.map(partial(_read, reader=reader)))
     workers = {"prefetch_factor": PREFETCHED_BATCHES, "worker_init_fn": _init_worker} if num_workers else {}
     if num_workers:
+        _check_open_files(num_workers)
         multiprocessing.util.Finalize(None, _end_workers, exitpriority=0)
     # DataLoader draws a seed for its workers, who use none: not from the run's own stream.
     options = {"num_workers": num_workers, "pin_memory": pin_memory, "collate_fn": _as_it_is, "generator": torch.Generator()}
-    loader = wds.WebLoader(pipeline, batch_size=None, **options, **workers)
-    for batch in loader:
+    loader = DataLoader(pipeline, batch_size=None, **options, **workers)
+    for batch in _from_workers(loader) if num_workers else loader:
         # Workers pass errors as values: an exception would arrive with its text buried in the worker's traceback.
         if isinstance(batch, DataError):
             raise batch
@@ -255,6 +265,52 @@ def load_batches(
             images, labels, skipped = batch
             # A worker will overwrite its images.
             yield Batch(images.clone() if num_workers else images, torch.from_numpy(labels), skipped)
+
+
+def _from_workers(loader: DataLoader) -> Iterator[Any]:
+    """What the workers of `loader` make. Raises DataError where the machine lets them down."""
+    others = set(multiprocessing.active_children())
+    workers: set[multiprocessing.Process] = set()
+    try:
+        made = iter(loader)
+        workers = set(multiprocessing.active_children()) - others
+        if threading.current_thread() is threading.main_thread():
+            # torch's handler would raise the death of a worker wherever the main thread is; the loader sees it as well.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        yield from made
+    except (RuntimeError, OSError, EOFError) as error:
+        codes = [worker.exitcode for worker in workers if worker.exitcode]
+        if problem := _explain(error, codes):
+            raise DataError(f"on {socket.gethostname()}, {problem}") from error
+        raise
+
+
+def _explain(error: Exception, codes: Sequence[int]) -> str | None:
+    """What a user can do about an error of the loader; None for other errors. codes: the exit codes of workers that died"""
+    if any(sign in str(error) for sign in _NO_FILES):
+        return (
+            "the limit of open files is too low for the decoding workers: raise it (ulimit -n 4096), or set data.num_workers=0"
+        )
+    if _NO_SHARED_MEMORY.search(str(error)) or -signal.SIGBUS in codes:
+        advice = "give it more (docker run --shm-size=8g), or set data.num_workers=0"
+        return f"/dev/shm is too small for the batches of the decoding workers: {advice}"
+    if codes and codes[0] < 0:
+        killed = f"a decoding worker was killed by {signal.Signals(-codes[0]).name}"
+        return f"{killed}, often for lack of memory: lower data.num_workers"
+    if codes or isinstance(error, EOFError | ConnectionError):
+        return "a decoding worker died, perhaps for lack of memory: lower data.num_workers"
+    return None
+
+
+def _check_open_files(num_workers: int) -> None:
+    """A worker that cannot pass a batch on loses it, and the main process would wait for it for ever. Raises DataError."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = len(os.listdir("/proc/self/fd")) + num_workers * FILES_PER_WORKER
+    if wanted > limit // 2:  # the rest is for shards, and for all else that a process opens meanwhile
+        raise DataError(
+            f"the limit of {limit} open files is too low for data.num_workers={num_workers}: raise it (ulimit -n "
+            f"{max(1024, 4 * wanted)}), or set data.num_workers=0"
+        )
 
 
 def _read(samples: np.ndarray | DataError, reader: Reader) -> _Passed | DataError:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import stat
 import threading
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -44,6 +45,8 @@ class Storage:
     def open(self, shard: Shard) -> OpenShard:
         """Fetches and scans the shard where that was not done before. Raises DataError."""
         try:
+            if not is_remote(shard.url) and not stat.S_ISREG(os.stat(shard.url).st_mode):
+                raise DataError(f"{shard}: is a pipe, a device or a folder, not a file: name the shards themselves")
             return self._open_cached(shard) if self.is_cached(shard) else self._open_in_place(shard)
         except OSError as error:
             raise DataError(f"{shard}: cannot be read: {error.strerror or error}") from error

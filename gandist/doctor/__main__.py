@@ -120,6 +120,10 @@ def meet_and_exchange(report: Report, findings: Findings, place: Place) -> None:
     report.add("all-reduce", finding._replace(figures=", ".join(filter(None, [finding.figures, connected]))))
 
 
-if __name__ == "__main__":
+def _start() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # ends at once: there is nothing to tidy up
-    run(main)
+    main()
+
+
+if __name__ == "__main__":
+    run(_start)

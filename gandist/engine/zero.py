@@ -4,7 +4,9 @@
 import atexit
 import gc
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from types import ModuleType
 
 import torch
@@ -39,7 +41,8 @@ class DeepSpeedPlayer(Player):
         adam.register_step_pre_hook(self._before_adam)
         self.optimizer = adam
         self._loss_scale = torch.tensor([1.0, 0.0], device=world.device)  # none: for checkpoints that other engines read
-        self.parallel, *_ = deepspeed.initialize(model=objective, optimizer=adam, config=_deepspeed_config(config, world))
+        with _bounded_groups(world):
+            self.parallel, *_ = deepspeed.initialize(model=objective, optimizer=adam, config=_deepspeed_config(config, world))
         world.add_group(self.parallel.data_parallel_group)
 
     def exchanging(self, last: bool) -> AbstractContextManager:
@@ -108,6 +111,17 @@ def _deepspeed_config(config: Config, world: World) -> dict:
         "steps_per_print": None,
         "timers": {"throughput": {"enabled": False}},  # they wait for the device, too
     }
+
+
+@contextmanager
+def _bounded_groups(world: World) -> Iterator[None]:
+    """DeepSpeed names no timeout for the groups that it makes, and torch's own would wait half an hour for a rank that died."""
+    new_group = dist.new_group
+    dist.new_group = partial(new_group, timeout=world.timeout)
+    try:
+        yield
+    finally:
+        dist.new_group = new_group
 
 
 def _import_deepspeed(world: World) -> ModuleType:

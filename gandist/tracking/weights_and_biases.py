@@ -1,16 +1,22 @@
 """Weights & Biases: a dashboard that goes on after a resume, and that never blocks, slows down or ends a run."""
 
+import atexit
 import os
+import re
 import secrets
+import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from gandist import checkpoint
+from gandist.atomic import replace_text
 from gandist.config import Config
 from gandist.evaluation.evaluator import BEST, Evaluation
 from gandist.launcher import read_job
@@ -20,6 +26,7 @@ from gandist.tracking.meter import Scalars
 from gandist.tracking.tracker import Samples, Tracker, per_class_columns
 
 FINISH_PATIENCE, UPLOAD_PATIENCE = 10, 600  # s for what is still to be sent; with checkpoints
+START_PATIENCE, CALL_PATIENCE = 60, 20  # s
 CONFUSION = "wandb/confusion_matrix/v1"  # W&B's own chart
 
 
@@ -39,30 +46,10 @@ class WeightsAndBiases(Tracker):
         self._start = step
         self._progress_file = config.run_dir / "wandb_step"
         self._sent = _read_number(self._progress_file)  # the last step that an earlier process has sent
-        id_file = config.run_dir / "wandb_id"
-        if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
-        job = read_job()
-        tracking = config.tracking
-        patience = UPLOAD_PATIENCE if tracking.wandb_checkpoints else FINISH_PATIENCE
-        self._options = {
-            "project": tracking.wandb_project,
-            "name": config.run_dir.name,
-            "group": tracking.wandb_group or (job and job.array and f"array-{job.array}") or None,
-            "tags": [*tracking.wandb_tags, *([f"slurm-{job.id}"] if job else [])] or None,
-            "id": id_file.read_text(),
-            "resume": "allow",
-            "dir": config.run_dir,
-            "config": config.saved() | {"start": start},
-            "settings": wandb.Settings(silent=True, console="off", init_timeout=10, finish_timeout=patience),
-        }
-        self._run = self._open()
-        if self._run.offline and tracking.wandb != "offline":
-            print(f"W&B: offline; `wandb sync {config.run_dir}/wandb/offline-run-*` sends the run later", flush=True)
-        elif not self._run.offline:
-            self._sent = self._run.starting_step - 1
-        self._guarded(lambda: self._run.define_metric("kimg"))
-        self._guarded(lambda: self._run.define_metric("*", step_metric="kimg"))
+        self._patience = UPLOAD_PATIENCE if config.tracking.wandb_checkpoints else FINISH_PATIENCE
+        self._usable = True
+        self._guarded(lambda: self._open(start), START_PATIENCE)
+        atexit.register(_end_service_after, CALL_PATIENCE, threading.Event())  # W&B waits for it at exit, for ever
 
     def scalars(self, progress: dict, values: Scalars) -> None:
         self._log(progress, lambda: values)
@@ -98,7 +85,7 @@ class WeightsAndBiases(Tracker):
             best = checkpoint.best(self._config.run_dir, self._config.checkpoint)
             for path, alias in {saved[-1]: "newest", **({best: "best"} if best else {})}.items():
                 self._guarded(lambda path=path, alias=alias: self._send_checkpoint(path, alias))
-        self._guarded(lambda: self._run.finish())
+        self._guarded(lambda: self._run.finish(), self._patience + CALL_PATIENCE)
 
     def _log(self, progress: dict, row: Callable[[], dict[str, Any]]) -> None:
         """A run that was killed repeats the steps after its last checkpoint: their rows were sent, and are not sent twice. At
@@ -139,26 +126,60 @@ class WeightsAndBiases(Tracker):
             return "offline"
         return "online" if mode == "online" or self._wandb.login(prompt=False, verify=False) else "offline"
 
-    def _open(self) -> Any:
+    def _open(self, start: dict[str, Any]) -> None:
+        run_dir, tracking, job = self._config.run_dir, self._config.tracking, read_job()
+        options = {
+            "project": tracking.wandb_project,
+            "name": run_dir.name,
+            "group": tracking.wandb_group or (job and job.array and f"array-{job.array}") or None,
+            "tags": [*tracking.wandb_tags, *([f"slurm-{job.id}"] if job else [])] or None,
+            "id": _run_id(run_dir / "wandb_id"),
+            "resume": "allow",
+            "dir": run_dir,
+            "config": self._config.saved() | {"start": start},
+            "settings": self._wandb.Settings(silent=True, console="off", init_timeout=10, finish_timeout=self._patience),
+        }
         command, sys.argv = sys.argv, redacted(sys.argv)  # which W&B sends, too
         try:
-            return self._wandb.init(mode=self._mode(), **self._options)
+            self._run = self._wandb.init(mode=self._mode(), **options)
         except self._wandb.Error as error:
-            print(f"warning: W&B cannot be used online ({' '.join(str(error).split())}); the run is kept offline", flush=True)
-            self._wandb.teardown()  # the failed attempt still holds the run's id
-            return self._wandb.init(mode="offline", **self._options)
+            print(f"warning: W&B cannot be used online ({_one_line(error)}); the run is kept offline", flush=True)
+            self._let_go()  # the failed attempt still holds the run's id
+            self._run = self._wandb.init(mode="offline", **options)
         finally:
             sys.argv = command
+        if not self._run.offline:
+            self._sent = self._run.starting_step - 1
+        elif tracking.wandb != "offline":
+            print(f"W&B: offline; `wandb sync {run_dir}/wandb/offline-run-*` sends the run later", flush=True)
+        self._run.define_metric("kimg")
+        self._run.define_metric("*", step_metric="kimg")
 
-    def _guarded(self, action: Callable[[], Any]) -> None:
-        """No failure of W&B may end a run: it is told of once, and W&B is left alone from there."""
-        if self._run is None:
+    def _guarded(self, action: Callable[[], Any], patience: float = CALL_PATIENCE) -> None:
+        """No failure of W&B may end a run or hold it up: it is told of once, and W&B is left alone from there."""
+        if not self._usable:
             return
         try:
-            action()
+            with _time_limit(patience):
+                action()
         except Exception as error:
-            print(f"warning: W&B failed ({' '.join(str(error).split())}); the run goes on without it", flush=True)
-            self._run = None
+            print(f"warning: W&B failed ({_one_line(error)}); the run goes on without it", flush=True)
+            self._usable = False
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Ends W&B's process, and what W&B would do at exit."""
+        with suppress(Exception, SystemExit), _time_limit(CALL_PATIENCE):
+            self._wandb.teardown()
+
+
+def _run_id(path: Path) -> str:
+    """The id in this file, or a new one, which is written there."""
+    with suppress(OSError, ValueError):
+        if re.fullmatch(r"[^\s/\\#?%:]+", known := path.read_text()):
+            return known
+    replace_text(path, new := secrets.token_hex(4))
+    return new
 
 
 def _read_number(path: Path) -> int:
@@ -166,3 +187,40 @@ def _read_number(path: Path) -> int:
         return int(path.read_text())
     except (OSError, ValueError):
         return -1
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """A block of calls that fail if they take longer: they wait for W&B's own process, which then is killed."""
+    over, deadline = threading.Event(), time.monotonic() + seconds
+    _end_service_after(seconds, over)
+    try:
+        yield
+    except Exception as error:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"no answer within {seconds:g} s") from error
+        raise
+    finally:
+        over.set()
+
+
+def _end_service_after(seconds: float, over: threading.Event) -> None:
+    def end() -> None:
+        pause = seconds
+        while not over.wait(pause):
+            _end_service()
+            pause = 1.0
+
+    threading.Thread(target=end, daemon=True).start()
+
+
+def _end_service() -> None:
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            process, _, rest = status.read_text().partition(" (wandb-core) ")
+            if rest and int(rest.split()[1]) == os.getpid():
+                os.kill(int(process), signal.SIGKILL)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
