@@ -26,6 +26,8 @@ def load_run_config(run_dir: Path, overrides: Iterable[str] = ()) -> Config:
     The folder may be somebody else's: what its configuration permits does not count, what an override permits does.
     """
     values = _read_yaml(run_dir / RUN_CONFIG)
+    if not values:
+        raise ConfigError(f"{run_dir / RUN_CONFIG} is empty: start the run again, which writes it")
     return _resolve(values | {"data": without_permissions(values.get("data", {}))}, overrides, run_dir / RUN_CONFIG)
 
 

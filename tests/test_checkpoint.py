@@ -765,6 +765,11 @@ def test_prune(copied: Path, capsys) -> None:
     with pytest.raises(CheckpointError, match=r"nothing is removed, as the newest checkpoint is damaged: .*rank-00000"):
         command(["prune", str(copied), "--keep", "1"])
     flip_a_byte(newest)
+    kept = (copied / "config.yaml").read_text()
+    (copied / "config.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"config\.yaml is empty: start the run again"):
+        command(["prune", str(copied)])
+    (copied / "config.yaml").write_text(kept)
     command(["prune", str(copied), "--keep", "1"])
     assert "kept: step-00000006 (newest)" in capsys.readouterr().out
     assert steps(copied) == [6]

@@ -26,10 +26,11 @@ from gandist.checkpoint.folder import (
 from gandist.checkpoint.loading import AVERAGED, read
 from gandist.checkpoint.retention import reasons_to_keep, remove
 from gandist.checkpoint.tensors import nest
-from gandist.config import RUN_CONFIG, CheckpointConfig
-from gandist.config_file import load_config
+from gandist.config import CheckpointConfig
+from gandist.config_file import load_run_config
 from gandist.distributed import run
 from gandist.errors import CheckpointError
+from gandist.redaction import redacted
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -92,7 +93,12 @@ def consolidate(options: argparse.Namespace) -> None:
     partial = output.with_name(output.name + ".tmp")
     torch.save(state, partial)
     meta = read_meta(path)
-    described = {"checkpoint": path.name, "holds": "all" if options.all else AVERAGED, "sha256": sha256(partial), **meta}
+    described = {
+        "checkpoint": path.name,
+        "holds": "all" if options.all else AVERAGED,
+        "sha256": sha256(partial),
+        **redacted(meta),
+    }
     output.with_suffix(".json").write_text(json.dumps(described, indent=2) + "\n")
     os.replace(partial, output)
     print(f"{output}\n{output.with_suffix('.json')}")
@@ -140,7 +146,7 @@ def _leftovers(run_dir: Path) -> list[str]:
 
 
 def _config(options: argparse.Namespace) -> CheckpointConfig:
-    return load_config(options.run_dir / RUN_CONFIG).checkpoint
+    return load_run_config(options.run_dir).checkpoint
 
 
 def _parser() -> argparse.ArgumentParser:
