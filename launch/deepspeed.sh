@@ -46,17 +46,19 @@ if [[ -n ${NPROC_PER_NODE:-} ]]; then options+=(--num_gpus "$NPROC_PER_NODE"); f
 launch=("$python" -m deepspeed.launcher.runner "${options[@]}" "${MODULE:-gandist.train}" "$@")
 if [[ -n ${HOSTFILE:-} && -z ${NO_SSH:-} ]]; then exec "${launch[@]}"; fi
 
-# Of a SIGTERM, this launcher would die and leave its children and the ranks behind. They get it instead, and save.
+# Of a SIGTERM, this launcher would die and leave the process that it starts and the ranks behind. That one gets it instead,
+# and saves.
 "${launch[@]}" &
 runner=$! early=0
-children() { cat "/proc/$runner/task/$runner/children"; }
-trap 'kill -TERM $(children)' TERM
-# A Ctrl-C comes to all of them. In the background they ignore it until they are ready for it.
+first() { read -r process _ <<<"$(cat "/proc/$runner/task/$runner/children") $runner"; }
+terminate() { first && kill -TERM "$process"; }
+trap terminate TERM
+# A Ctrl-C comes to all of them. Started in the background they ignore it, until they are ready for it.
 interrupt() {
-  read -r process _ <<<"$(children) $runner"
+  first
   if ((0x$(sed -n 's/^SigIgn:\s*//p' "/proc/$process/status") & 2)); then
     early=130
-    kill -TERM "$process"
+    terminate
   fi
 }
 trap interrupt INT

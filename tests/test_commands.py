@@ -302,7 +302,8 @@ def test_rare_updates_that_are_not_finite_can_be_left_out(tmp_path: Path, cache_
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_stops(tmp_path: Path, cache_dir: Path, number: signal.Signals) -> None:
     run_dir = tmp_path / "r"
-    options = arguments(run_dir, cache_dir, "train.kimg=1000", "checkpoint.every_kimg=1000")
+    workers = ["data.in_memory=0", "data.num_workers=1"]
+    options = arguments(run_dir, cache_dir, "train.kimg=1000", "checkpoint.every_kimg=1000", *workers)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NPROC_PER_NODE": "2", "VIRTUAL_ENV": sys.prefix, "PATH": path}
     process = subprocess.Popen(

@@ -94,19 +94,20 @@ def test_ctrl_c_at_the_start_ends_all_without_a_word(environment: dict[str, str]
         command = ["bash", f"launch/{script}.sh", *options]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
         with subprocess.Popen(command, cwd=ROOT, env=environment | ONE_NODE, start_new_session=True, text=True, **pipes) as run:
-            until(lambda: len(ranks(run.pid)) == 2)
-            started = ranks(run.pid)
+            until(lambda: len(importing_torch(run.pid)) == 2)
+            started = importing_torch(run.pid)
             os.killpg(run.pid, signal.SIGINT)
             said, _ = run.communicate(timeout=30)
         assert (said, run.returncode != 0) == ("", True)
         assert not any(rank.is_running() for rank in started)
 
 
-def ranks(launcher: int) -> list[psutil.Process]:
+def importing_torch(launcher: int) -> list[psutil.Process]:
+    """Ranks that have begun to."""
     found = []
     for process in psutil.Process(launcher).children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            if "RANK" in process.environ():
+        with suppress(psutil.NoSuchProcess, FileNotFoundError):
+            if "RANK" in process.environ() and "libtorch" in Path(f"/proc/{process.pid}/maps").read_text():
                 found.append(process)
     return found
 

@@ -335,7 +335,6 @@ def _init_worker(worker: int) -> None:
 
 def _end_workers() -> None:
     """At exit multiprocessing terminates its daemons and waits for them for ever; ours ignore SIGTERM."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report their end as a failure
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
