@@ -243,7 +243,7 @@ def load_batches(
     pin_memory: bool = False,
 ) -> Iterator[Batch]:
     """Batches in their order, read in `num_workers` processes. Raises DataError for a sample that cannot be used, and where
-    a worker dies or finds no shared memory.
+    a worker dies, or lacks shared memory or open files.
 
     pin_memory: copy them to page-locked memory, for a GPU, which there must be
     """
@@ -268,7 +268,7 @@ def load_batches(
 
 
 def _from_workers(loader: DataLoader) -> Iterator[Any]:
-    """What the workers of `loader` make. Raises DataError where the machine lets them down."""
+    """The batches of `loader`. Raises DataError where a worker dies, or lacks shared memory or open files."""
     others = set(multiprocessing.active_children())
     workers: set[multiprocessing.Process] = set()
     try:

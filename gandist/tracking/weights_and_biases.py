@@ -49,7 +49,8 @@ class WeightsAndBiases(Tracker):
         self._patience = UPLOAD_PATIENCE if config.tracking.wandb_checkpoints else FINISH_PATIENCE
         self._usable = True
         self._guarded(lambda: self._open(start), START_PATIENCE)
-        atexit.register(_end_service_after, CALL_PATIENCE, threading.Event())  # W&B waits for it at exit, for ever
+        # Called before W&B's own exit handler, which waits for its process without a limit.
+        atexit.register(_end_service_after, CALL_PATIENCE, threading.Event())
 
     def scalars(self, progress: dict, values: Scalars) -> None:
         self._log(progress, lambda: values)
@@ -205,6 +206,8 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def _end_service_after(seconds: float, over: threading.Event) -> None:
+    """Kills W&B's process after so long, and any that comes after it, until `over` is set."""
+
     def end() -> None:
         pause = seconds
         while not over.wait(pause):
