@@ -162,7 +162,7 @@ class Trainer:
             stopped = self._train(batches, trackers, stop, profiler)
         if not stopped:
             self._confirm_best(trackers, stop)
-        self.watchdog.doing("ending what tracks the run")
+        self.watchdog.doing("ending what tracks the run", patience=2)
         trackers.finish()
 
     def _train(self, batches: Iterator[DeviceBatch], trackers: Trackers, stop: StopRequest, profiler: StepProfiler) -> bool:

@@ -121,6 +121,16 @@ def test_ranks_started_anew_meet_anew(environment: dict[str, str]) -> None:
     assert sorted(re.findall(r"rank \d of 2 joined", result.stdout)) == ["rank 0 of 2 joined", "rank 1 of 2 joined"]
 
 
+def test_an_error_is_one_line(environment: dict[str, str], tmp_path: Path) -> None:
+    command = ["bash", "launch/torchrun.sh", f"run_dir={tmp_path / 'r'}", "train.batch_size=63"]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment | ONE_NODE, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert result.returncode == 1
+    assert re.fullmatch(r"error: train\.batch_size=63 cannot be split evenly over 2 rank.*\n", result.stderr)
+    assert not (tmp_path / "r").exists()
+
+
 @pytest.mark.parametrize("script", ["torchrun", "deepspeed"])
 def test_help(script: str) -> None:
     result = run_command("bash", f"launch/{script}.sh", "--help")
