@@ -153,22 +153,33 @@ class Trainer:
         if self.compiled:
             keep_compiled(self.config.run_dir / "compiled", self.world)
         start = {"step": self.step, **describe_start(self.world), **self._summarize()}
-        trackers = open_trackers(self.config, start, self.world, step=self.step)
-        if trackers:
+        files, others = open_trackers(self.config, start, self.world, step=self.step, evaluated=not self.evaluation_pending)
+        if files:
             self.preview = self._open_preview()
-            trackers.real(self.preview.real_grid)
+            files.real(self.preview.real_grid)
+            others.real(self.preview.real_grid)
         stop = StopRequest(self.world)
         with closing(self._open_batches()) as batches, self.saver, self._open_profiler() as profiler:
-            stopped = self._train(batches, trackers, stop, profiler)
+            stopped = self._train(batches, files, others, stop, profiler)
         if not stopped:
-            self._confirm_best(trackers, stop)
+            self._confirm_best(files, others, stop)
         self.watchdog.doing("ending what tracks the run")
-        trackers.finish()
+        files.finish()
+        others.finish()
 
-    def _train(self, batches: Iterator[DeviceBatch], trackers: Trackers, stop: StopRequest, profiler: StepProfiler) -> bool:
+    def _train(
+        self,
+        batches: Iterator[DeviceBatch],
+        files: Trackers,
+        others: Trackers,
+        stop: StopRequest,
+        profiler: StepProfiler,
+    ) -> bool:
         """Whether a request to stop came before the end.
 
-        A step is saved before anything is told of it: to tell can fail or take long, as where a terminal is gone.
+        The run folder's files come before the checkpoint: a resumed run drops what they say of steps that it repeats, and
+        could not make up for what they lack. The others come after it: to tell them can fail or take long, as where a
+        terminal is gone.
         """
         config = self.config
         stopping = False
@@ -185,15 +196,18 @@ class Trainer:
                 drawing = self._due(config.tracking.samples_every_kimg)
                 if saving or drawing or self._due(config.tracking.every_kimg):
                     report = self._report_interval()
-                if drawing and trackers:
+                if drawing and files:
                     samples = self.preview.draw(self.ema.module, self.discriminator.network)
             if self.evaluation_pending and not stopping:
                 evaluation = self._evaluate(stop)
                 stopping = evaluation is None
                 saving |= stopping
+            self._tell(files, report, samples, evaluation)
             if saving:
                 self.save()
-            self._tell(trackers, report, samples, evaluation)
+            self._tell(others, report, samples, evaluation)
+            if report:
+                self._start_interval()
         return stopping
 
     def _tell(self, trackers: Trackers, report: Scalars | None, samples: Samples | None, evaluation: Evaluation | None) -> None:
@@ -207,8 +221,6 @@ class Trainer:
             trackers.scalars(self.progress, report | (samples.scalars if samples else {}))
         if evaluation:
             trackers.evaluation(self.progress, evaluation)
-        if report:
-            self._start_interval()
 
     def train_step(self, batches: Iterator[DeviceBatch]) -> None:
         """One iteration of Goodfellow et al. 2014 (1406.2661), algorithm 1: updates of D, one of G, one of the average."""
@@ -464,7 +476,7 @@ class Trainer:
                 best = None
         return self.world.broadcast(best)
 
-    def _confirm_best(self, trackers: Trackers, stop: StopRequest) -> None:
+    def _confirm_best(self, files: Trackers, others: Trackers, stop: StopRequest) -> None:
         """Measures the best checkpoint once more, with another seed: the best of many noisy values is biased."""
         path = self.unconfirmed_best()
         if path is None or checkpoint.verify(path, self.world):
@@ -472,7 +484,8 @@ class Trainer:
         options = {"seed": self.evaluator.seed + 1, "between_batches": self._evaluating(stop)}
         with suppress(Stopped):
             evaluation = self.evaluator.measure_checkpoint(path, **options).renamed(BEST)
-            self._tell(trackers, None, None, evaluation)
+            self._tell(files, None, None, evaluation)
+            self._tell(others, None, None, evaluation)
 
     def _evaluating(self, stop: StopRequest) -> Callable[[], None]:
         """What an evaluation does between two batches."""

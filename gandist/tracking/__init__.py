@@ -25,14 +25,18 @@ __all__ = [
 ]
 
 
-def open_trackers(config: Config, start: dict[str, Any], world: World, *, step: int) -> Trackers:
-    """All trackers on rank 0, none on the others.
+def open_trackers(
+    config: Config, start: dict[str, Any], world: World, *, step: int, evaluated: bool
+) -> tuple[Trackers, Trackers]:
+    """The files of the run folder, and all other trackers; on rank 0. None on the other ranks.
 
-    start: what `environment.describe_start` and `summary.summarize` know of it; step: where the run begins or goes on
+    start: what `environment.describe_start` and `summary.summarize` know of it; step: where the run begins or goes on;
+    evaluated: whether the evaluation of this step is over, if there is one
     """
     if not world.is_main:
-        return Trackers([])
-    trackers: list[Tracker] = [Console(config, step), RunFolder(config.run_dir, step, start), Health(config)]
+        return Trackers([]), Trackers([])
+    files = RunFolder(config.run_dir, step, start, evaluated=evaluated)
+    others: list[Tracker] = [Console(config, step), Health(config)]
     if config.tracking.wandb != "off":
-        trackers.append(WeightsAndBiases(config, start, step))
-    return Trackers(trackers)
+        others.append(WeightsAndBiases(config, start, step))
+    return Trackers([files]), Trackers(others)
