@@ -1,9 +1,7 @@
-"""Kills a run at random moments, again and again: `python -m benchmarks.crash`. It must end with the weights of a run that was
-left alone."""
+"""Kills runs at random and at chosen moments, again and again: `python -m benchmarks.crash`. Each must end as the same run left
+alone does. Pairs of runs are started on one folder, too, which must have one owner."""
 
 import argparse
-import json
-import os
 import random
 import signal
 import socket
@@ -11,40 +9,34 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from multiprocessing.connection import wait
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
-import torch
 
+from benchmarks.crash_aims import AIMS, train_and_die
+from benchmarks.crash_pairs import start_pairs
+from benchmarks.crash_run import KINDS, LONGEST, SAVED, Run, prepare_data, until, weights
 from benchmarks.report import header, table
 from gandist import checkpoint
-from gandist.train import main as train
-from tests.ranks import ROOT, end_ranks, start_ranks
+from tests.ranks import ROOT, end_ranks
 
-RANKS = 2
-SAVED, LOGGED, EVALUATED = 0.256, 0.064, 0.64  # kimg; a step is 0.064
 PATIENCE = 30.0  # s in which ranks that live must notice the death of one
+DOUBLE = "train.precision=float64"
+AT_RANDOM = "at random"
+EAGER = [AT_RANDOM, *(name for name in AIMS if name != "compile")]
+MOMENTS = dict.fromkeys(KINDS, EAGER) | {"compiled": [AT_RANDOM, "compile"]}
 
 
-def options(run_dir: Path, cache: Path, kimg: float, overrides: Sequence[str] = ()) -> list[str]:
-    settings = {
-        "run_dir": run_dir,
-        "data.cache_dir": cache,
-        "data.in_memory": 0,
-        "model.generator_width": 2,
-        "model.discriminator_width": 2,
-        "train.kimg": kimg,
-        "checkpoint.every_kimg": SAVED,
-        "tracking.every_kimg": LOGGED,
-        "tracking.samples_every_kimg": EVALUATED,
-        "tracking.wandb": "off",
-        "evaluation.every_kimg": EVALUATED,
-        "evaluation.metrics": "[accuracy,fd_classifier]",
-        "evaluation.num_images": 500,
-    }
-    return [*(f"{key}={value}" for key, value in settings.items()), *overrides]
+class Kill(NamedTuple):
+    """phase: what the run did; lost: steps; seconds: until the ranks left had ended"""
+
+    phase: str
+    lost: int
+    seconds: float
 
 
 def phase(run_dir: Path, began: float) -> str:
@@ -59,90 +51,106 @@ def phase(run_dir: Path, began: float) -> str:
     return "step" if times["metrics.jsonl"] > began else "start"
 
 
-def last_step(run_dir: Path) -> int:
-    """The last one that was logged whole."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
-
-
-def newest_step(run_dir: Path) -> int:
-    return max((int(path.name.removeprefix("step-")) for path in checkpoint.complete_steps(run_dir)), default=0)
-
-
-def quietly(arguments: list[str]) -> None:
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 1)
-    os.dup2(silence, 2)
-    train(arguments)
-
-
-def kill_ranks(run_dir: Path, arguments: list[str], seconds: float, victims: list[int]) -> tuple[str, int, float] | None:
-    """The phase, the steps lost, and how long the others took to end. None: the run was done before."""
-    ranks = start_ranks(RANKS, lambda rank: (quietly, arguments))
-    began = time.time()
-    time.sleep(seconds)
-    if not all(rank.is_alive() for rank in ranks):
-        end_ranks(ranks)
-        return None
-    moment = phase(run_dir, began)
-    for victim in victims:
-        ranks[victim].kill()
-    killed = time.monotonic()
+def kill_ranks(run: Run, name: str, moments: random.Random) -> Kill | None:
+    """Starts the run, and kills ranks. None: it was done before."""
+    victims = moments.sample(range(run.ranks), moments.choice([1, min(2, run.ranks), run.ranks]))
+    if name == AT_RANDOM:
+        ranks, began = run.start(), time.time()
+        if not wait([rank.sentinel for rank in ranks], timeout=moments.uniform(0.2, 6)):
+            name = phase(run.folder, began)
+            for victim in victims:
+                ranks[victim].kill()
+    else:
+        aim = AIMS[name]
+        victim = victims[0] if aim.anyone else 0
+        ranks = run.start(train_and_die, name, moments.choice(aim.ways), moments.randint(1, aim.calls), victim)
+        assert wait([rank.sentinel for rank in ranks], timeout=LONGEST), run.complaint("hung")
+        if ranks[victim].exitcode == -signal.SIGKILL:
+            for each in victims[1:]:
+                ranks[each].kill()
+    first_death = time.monotonic()
     for rank in ranks:
         rank.join(PATIENCE)
-    took = time.monotonic() - killed
-    assert not end_ranks(ranks), f"a rank hung for {PATIENCE:g} s after the death of {victims} in {moment}"
-    return moment, last_step(run_dir) - newest_step(run_dir), took
+    seconds = time.monotonic() - first_death
+    assert not end_ranks(ranks), run.complaint(f"hung for {PATIENCE:g} s after the death of ranks {victims} in {name}")
+    codes = {rank.exitcode for rank in ranks}
+    assert codes <= {0, 1, -signal.SIGKILL}, run.complaint(f"ended with {codes}")
+    if -signal.SIGKILL in codes:
+        return Kill(name, run.steps_lost(), seconds)
+    assert codes == {0}, run.complaint("failed")
+    return None
 
 
-def kill_launcher(run_dir: Path, arguments: list[str], seconds: float) -> tuple[str, int, float]:
+def kill_again_and_again(
+    folder: Path, kind: str, times: int, options: argparse.Namespace, moments: random.Random
+) -> list[Kill]:
+    """Of runs of one kind; the next begins when one is done."""
+    straight = Run(folder / f"{kind}-straight", kind, options.ranks, options.steps)
+    straight.to_the_end()
+    expected = weights(straight.folder)
+    straight.check(expected)
+    kills: list[Kill] = []
+    number = 0
+    while len(kills) < times:
+        number += 1
+        run = Run(folder / f"{kind}-{number}", kind, options.ranks, options.steps)
+        done = False
+        while len(kills) < times and not done:
+            name = moments.choice(MOMENTS[kind])
+            if name == AT_RANDOM or AIMS[name].prepare(run):
+                kill = kill_ranks(run, name, moments)
+                kills += [kill] if kill else []
+                done = kill is None
+        if not done:
+            run.to_the_end()
+        run.check(expected)
+        print(f"{kind}: {len(kills)} kills, {number} run(s) ended as the one left alone", flush=True)
+    return kills
+
+
+# The launcher, and nodes.
+
+
+def torchrun(*arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "torch.distributed.run", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def kill_launcher(run: Run, seconds: float) -> Kill:
     """SIGKILL for torchrun alone, so long after the first step: its ranks must save and end."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}", "-m"]
-    before = last_step(run_dir)
-    process = subprocess.Popen([*command, "gandist.train", *arguments], cwd=ROOT, stdout=-1, stderr=subprocess.STDOUT)
-    while last_step(run_dir) <= before and process.poll() is None:
-        time.sleep(0.02)
+    process = torchrun("--standalone", f"--nproc_per_node={run.ranks}", "-m", "gandist.train", *run.settings)
+    until(run, 1, process.poll)
     time.sleep(seconds)
     ranks = psutil.Process(process.pid).children()
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     killed = time.monotonic()
     _, alive = psutil.wait_procs(ranks, timeout=PATIENCE)
     assert not alive, "ranks outlived torchrun"
-    process.communicate()
-    return "launcher", last_step(run_dir) - newest_step(run_dir), time.monotonic() - killed
+    process.wait()
+    return Kill("launcher", run.steps_lost(), time.monotonic() - killed)
 
 
-def restart(settings: list[str], run_dir: Path, victim: int) -> float:
+def restart(run: Run, victim: int) -> float:
     """SIGKILL for one rank beneath `torchrun --max-restarts=3`, which must bring the run to its end. Seconds it took."""
     began = time.monotonic()
-    options = ["--standalone", f"--nproc_per_node={RANKS}", "--max-restarts=3", "-m", "gandist.train", *settings]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *options],
-        cwd=ROOT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while last_step(run_dir) < SAVED / LOGGED and process.poll() is None:
-        time.sleep(0.02)
+    options = ["--standalone", f"--nproc_per_node={run.ranks}", "--max-restarts=3"]
+    process = torchrun(*options, "-m", "gandist.train", *run.settings)
+    until(run, SAVED, process.poll)
     next(rank for rank in psutil.Process(process.pid).children() if rank.environ().get("RANK") == str(victim)).kill()
-    assert process.wait(300) == 0, "torchrun could not restart the ranks"
+    assert process.wait(LONGEST) == 0, "torchrun could not restart the ranks"
     return time.monotonic() - began
 
 
-def lose_a_node(settings: list[str], run_dir: Path) -> float:
-    """Two nodes of one rank each under `torchrun --nnodes=1:2`, of which one is killed: the other must go on alone to the end.
+def lose_a_node(run: Run) -> float:
+    """Two nodes of one rank each under `torchrun --nnodes=1:2`, and one is killed: the other must go on alone to the end.
     Seconds from there."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
     options = ["--nnodes=1:2", "--nproc_per_node=1", "--max-restarts=3", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}"]
-    command = [sys.executable, "-m", "torch.distributed.run", *options, "--rdzv-id=crash", "-m", "gandist.train", *settings]
-    first, second = (
-        subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) for _ in range(2)
-    )
-    while last_step(run_dir) < SAVED / LOGGED and first.poll() is None:
-        time.sleep(0.02)
+    command = [*options, "--rdzv-id=crash", "-m", "gandist.train", *run.settings]
+    first, second = torchrun(*command), torchrun(*command)
+    until(run, SAVED, first.poll)
     began = time.monotonic()
     # The node that serves the rendezvous must stay.
     listening = {c.laddr.port for c in psutil.Process(first.pid).net_connections() if c.status == "LISTEN"}
@@ -150,16 +158,40 @@ def lose_a_node(settings: list[str], run_dir: Path) -> float:
     for process in (*psutil.Process(lost.pid).children(recursive=True), psutil.Process(lost.pid)):
         process.kill()
     lost.wait()
-    assert (first if lost is second else second).wait(300) == 0, "the node that was left did not go on"
+    assert (first if lost is second else second).wait(LONGEST) == 0, "the node that was left did not go on"
     return time.monotonic() - began
 
 
-def weights(run_dir: Path) -> checkpoint.Tensors:
-    return checkpoint.read(checkpoint.complete_steps(run_dir)[-1])
+def use_torchrun(folder: Path, options: argparse.Namespace, moments: random.Random) -> list[Kill]:
+    """Kills torchrun, ranks beneath it, and nodes. The kills of torchrun itself."""
 
+    def run_named(name: str, *more: str) -> Run:
+        return Run(folder / name, "plain", options.ranks, options.steps, more)
 
-def equal(a: checkpoint.Tensors, b: checkpoint.Tensors) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(tensor, b[path]) for path, tensor in a.items())
+    straight, precise = run_named("straight"), run_named("straight-float64", DOUBLE)
+    if options.launcher_kills or options.restarts:
+        straight.to_the_end()
+    kills, times = [], []
+    for number in range(options.launcher_kills):
+        run = run_named(f"launcher-{number}")
+        kills.append(kill_launcher(run, moments.uniform(0, 1)))
+        run.to_the_end()
+        run.check(weights(straight.folder))
+    for number in range(options.restarts):
+        run = run_named(f"restarted-{number}")
+        times.append(restart(run, number % run.ranks))
+        run.check(weights(straight.folder))
+    if times:
+        spent = f"{min(times):.0f} to {max(times):.0f} s each, start included"
+        print(f"torchrun --max-restarts=3: {len(times)} recovered, bit-identical; {spent}", flush=True)
+    for number in range(options.node_losses):
+        if not number:
+            precise.to_the_end()
+        run = run_named(f"one-node-left-{number}", DOUBLE)
+        seconds = lose_a_node(run)
+        assert distance(weights(run.folder), weights(precise.folder)) < 1e-9, f"{run.folder.name} has other weights"
+        print(f"a node of two lost: the other went on alone to the same weights, {seconds:.0f} s from there", flush=True)
+    return kills
 
 
 def distance(a: checkpoint.Tensors, b: checkpoint.Tensors) -> float:
@@ -168,77 +200,42 @@ def distance(a: checkpoint.Tensors, b: checkpoint.Tensors) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.crash", description=__doc__.partition("\n")[0])
-    parser.add_argument("--kills", type=int, default=100, help="of one rank or of all (default: 100)")
+    parser.add_argument("--kills", type=int, default=100, help="of ranks, in all kinds of run together (default: 100)")
+    parser.add_argument("--kind", action="append", choices=KINDS, help="of run; may be given again (default: all)")
+    parser.add_argument("--ranks", type=int, default=3, help="of each run (default: 3)")
+    parser.add_argument("--steps", type=int, default=60, help="length of a run; another begins when it is done (default: 60)")
+    parser.add_argument("--pairs", type=int, default=10, help="of runs started on one folder at once (default: 10)")
+    parser.add_argument("--host-pairs", type=int, default=10, help="the same on two hosts (default: 10)")
     parser.add_argument("--launcher-kills", type=int, default=5, help="of torchrun, which starts slowly (default: 5)")
     parser.add_argument("--restarts", type=int, default=20, help="of torchrun after the death of a rank (default: 20)")
     parser.add_argument("--node-losses", type=int, default=2, help="of one of two nodes of a job (default: 2)")
-    parser.add_argument("--kimg", type=float, default=6.4, help="length of a run; it is begun anew when done (default: 6.4)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the runs, as checkpoint.asynchronous=true")
-    chosen = parser.parse_intermixed_args(arguments)
+    chosen = parser.parse_args(arguments)
+    kinds = chosen.kind or [*KINDS]
     moments = random.Random(chosen.seed)
     print(header(), flush=True)
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
+        prepare_data(folder)
+        kills: dict[str, list[Kill]] = defaultdict(list)
+        shares = Counter(moments.choices(kinds, [len(MOMENTS[kind]) for kind in kinds], k=chosen.kills))
+        for kind in shares:
+            for kill in kill_again_and_again(folder, kind, shares[kind], chosen, moments):
+                kills[kill.phase].append(kill)
+        start_pairs(folder, chosen.pairs, [])
+        start_pairs(folder, chosen.host_pairs, ["node-a", "node-b"])
+        for kill in use_torchrun(folder, chosen, moments):
+            kills[kill.phase].append(kill)
 
-        def to_the_end(run_dir: Path, *special: str) -> None:
-            settings = [*options(run_dir, folder / "cache", chosen.kimg, chosen.overrides), *special]
-            ranks = start_ranks(RANKS, lambda rank: (quietly, settings))
-            for rank in ranks:
-                rank.join()
-            assert [rank.exitcode for rank in ranks] == [0] * RANKS, "the run could not be recovered"
+    head = ["killed in", "times", "steps lost: mean", "at most", "ranks left ended within s"]
+    print(table(head, [summary(name, kills[name]) for name in sorted(kills)]))
+    print(f"{sum(map(len, kills.values()))} kills, all recovered, bit-identical; a checkpoint every {SAVED} steps")
 
-        to_the_end(folder / "straight")
-        expected = weights(folder / "straight")
-        restarted = []
-        for number in range(chosen.restarts):
-            run_dir = folder / f"restarted-{number}"
-            restarted.append(
-                restart(options(run_dir, folder / "cache", chosen.kimg, chosen.overrides), run_dir, number % RANKS)
-            )
-            assert equal(weights(run_dir), expected), f"{run_dir.name} ended with other weights"
-        if restarted:
-            times = f"{min(restarted):.0f} to {max(restarted):.0f} s each, start included"
-            print(
-                f"torchrun --max-restarts=3: {len(restarted)} of {chosen.restarts} recovered, bit-identical; {times}",
-                flush=True,
-            )
-        double = "train.precision=float64"
-        for number in range(chosen.node_losses):
-            if not number:
-                to_the_end(folder / "straight-float64", double)
-            run_dir = folder / f"one-node-left-{number}"
-            seconds = lose_a_node([*options(run_dir, folder / "cache", chosen.kimg, chosen.overrides), double], run_dir)
-            assert distance(weights(run_dir), weights(folder / "straight-float64")) < 1e-9, f"{run_dir.name} has other weights"
-            print(f"a node of two lost: the other went on alone to the same weights, {seconds:.0f} s from there", flush=True)
-        runs, kills, lost, took = 1, Counter(), [], []
-        run_dir = folder / "killed-1"
-        while sum(kills.values()) < chosen.kills + chosen.launcher_kills:
-            run_dir = folder / f"killed-{runs}"
-            settings = options(run_dir, folder / "cache", chosen.kimg, chosen.overrides)
-            if kills["launcher"] < chosen.launcher_kills and moments.random() < 0.05:
-                result = kill_launcher(run_dir, settings, moments.uniform(0, 1))
-            else:
-                victims = moments.choice([[0], [1], [0, 1]])
-                result = kill_ranks(run_dir, settings, moments.uniform(0.2, 3), victims)
-            if result is None:
-                runs += 1
-                assert equal(weights(run_dir), expected), f"{run_dir.name} ended with other weights"
-                continue
-            moment, steps, seconds = result
-            kills[moment] += 1
-            lost.append(steps)
-            took.append(seconds)
-        if not kills:
-            return
-        to_the_end(run_dir)
-        assert equal(weights(run_dir), expected), f"{run_dir.name} ended with other weights"
 
-    print(table(["killed in", "times"], [[name, count] for name, count in kills.most_common()]))
-    print(f"{sum(kills.values())} kills, all recovered; {runs} run(s) ended bit-identical to the one left alone")
-    print(f"steps lost: mean {sum(lost) / len(lost):.1f}, at most {max(lost)} (a checkpoint every {SAVED / LOGGED:g})")
-    print(f"ranks left ended within {max(took):.1f} s")
+def summary(phase: str, kills: list[Kill]) -> list[object]:
+    lost, seconds = [kill.lost for kill in kills], [kill.seconds for kill in kills]
+    return [phase, len(kills), f"{sum(lost) / len(lost):.1f}", max(lost), f"{max(seconds):.1f}"]
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from benchmarks.report import header, table
 from gandist import trainer
 from gandist.config_file import load_config
 from gandist.distributed import World, join_world
+from gandist.tracking import Trackers
 from gandist.train import train
 
 
@@ -30,7 +31,7 @@ def steps_per_second(run_dir: Path, kimg: float, world: World, *, tracked: bool)
 
     settings = [f"run_dir={run_dir}", f"train.kimg={kimg}", "tracking.wandb=offline", "evaluation.metrics=[]"]
     config = load_config(None, settings)
-    openers = trainer.open_trackers if tracked else lambda *given, **options: []
+    openers = trainer.open_trackers if tracked else lambda *given, **options: Trackers()
     with patch.object(trainer.Trainer, "_train", timed), patch.object(trainer, "open_trackers", openers):
         _, steps = train(config, world)
     return steps / seconds

@@ -43,7 +43,7 @@ from gandist.profiling import StepProfiler
 from gandist.randomness import Columns, Purpose, StepRandomness
 from gandist.schedule import number_at, scheduled
 from gandist.summary import describe, summarize
-from gandist.tracking import EVALUATIONS, Meter, Samples, Scalars, Trackers, open_trackers
+from gandist.tracking import EVALUATIONS, Meter, Scalars, StepReport, Trackers, open_trackers
 from gandist.trained import TrainedGAN, take_over
 
 NAMED_SKIPS = 10  # skipped samples that are named, and that are always allowed
@@ -153,7 +153,7 @@ class Trainer:
         if self.compiled:
             keep_compiled(self.config.run_dir / "compiled", self.world)
         start = {"step": self.step, **describe_start(self.world), **self._summarize()}
-        trackers = open_trackers(self.config, start, self.world, step=self.step)
+        trackers = open_trackers(self.config, start, self.world, step=self.step, evaluated=not self.evaluation_pending)
         if trackers:
             self.preview = self._open_preview()
             trackers.real(self.preview.real_grid)
@@ -168,13 +168,14 @@ class Trainer:
     def _train(self, batches: Iterator[DeviceBatch], trackers: Trackers, stop: StopRequest, profiler: StepProfiler) -> bool:
         """Whether a request to stop came before the end.
 
-        A step is saved before anything is told of it: to tell can fail or take long, as where a terminal is gone.
+        A step goes into the run folder's files before it is saved: a resumed run drops their rows of steps that it repeats,
+        but could not make up for missing ones. It is told to all others after it is saved: that can fail or take long.
         """
         config = self.config
         stopping = False
         self._start_interval()
         while not (self.finished or stopping):
-            report, samples, evaluation = None, None, None
+            scalars, samples, evaluation = None, None, None
             saving = self.evaluation_pending  # the process before this one was stopped in this evaluation
             if not self.evaluation_pending:
                 self.train_step(batches)
@@ -184,31 +185,26 @@ class Trainer:
                 saving = stopping or self._checkpoint_due()
                 drawing = self._due(config.tracking.samples_every_kimg)
                 if saving or drawing or self._due(config.tracking.every_kimg):
-                    report = self._report_interval()
+                    scalars = self._report_interval()
                 if drawing and trackers:
                     samples = self.preview.draw(self.ema.module, self.discriminator.network)
             if self.evaluation_pending and not stopping:
                 evaluation = self._evaluate(stop)
                 stopping = evaluation is None
                 saving |= stopping
+            report = StepReport(self.progress, scalars, samples, evaluation)
+            self._record(trackers, report)
             if saving:
                 self.save()
-            self._tell(trackers, report, samples, evaluation)
+            trackers.tell(report)
+            if scalars:
+                self._start_interval()
         return stopping
 
-    def _tell(self, trackers: Trackers, report: Scalars | None, samples: Samples | None, evaluation: Evaluation | None) -> None:
-        """Everything about this step that there is to tell."""
-        if report or samples or evaluation:
+    def _record(self, trackers: Trackers, report: StepReport) -> None:
+        if report:
             self._confirm_owner()
-        trackers.step(self.progress)
-        if samples:
-            trackers.samples(self.progress, samples)
-        if report:
-            trackers.scalars(self.progress, report | (samples.scalars if samples else {}))
-        if evaluation:
-            trackers.evaluation(self.progress, evaluation)
-        if report:
-            self._start_interval()
+            trackers.record(report)
 
     def train_step(self, batches: Iterator[DeviceBatch]) -> None:
         """One iteration of Goodfellow et al. 2014 (1406.2661), algorithm 1: updates of D, one of G, one of the average."""
@@ -472,7 +468,9 @@ class Trainer:
         options = {"seed": self.evaluator.seed + 1, "between_batches": self._evaluating(stop)}
         with suppress(Stopped):
             evaluation = self.evaluator.measure_checkpoint(path, **options).renamed(BEST)
-            self._tell(trackers, None, None, evaluation)
+            report = StepReport(self.progress, evaluation=evaluation)
+            self._record(trackers, report)
+            trackers.tell(report)
 
     def _evaluating(self, stop: StopRequest) -> Callable[[], None]:
         """What an evaluation does between two batches."""

@@ -16,13 +16,14 @@ from tests.ranks import ROOT, launch, run_ranks
 DIGITS = ["data.cache_dir={cache}", "model.generator_width=2", "model.discriminator_width=2"]
 HERE = 0  # ranks: in the process of the tests, whose fork server those that start processes then share
 MOMENT = ["train.kimg=0.064", "evaluation.num_images=100"]
+NO_MORE = [f"--{what}=0" for what in ("host-pairs", "launcher-kills", "restarts", "node-losses")]
 CASES = {  # benchmark → ranks, and its arguments, in several lists if it does several things
     "agreement": (1, ["mlp"]),
     "budget": (2, ["stargan"]),
     "checkpoint": (2, ["--megabytes", "1", "--saves", "1", "--interval", "0.05"]),
     "convolution": (1, ["--images", "1", "--rounds", "1"]),
     "convolution_kinds": (1, ["--images", "1", "--pixels", "4", "--width", "16", "--seconds", "0"]),
-    "crash": (HERE, ["--kills", "1", "--launcher-kills", "0", "--restarts", "0", "--node-losses", "0", "--kimg", "0.256"]),
+    "crash": (HERE, [*NO_MORE, "--kind", "plain", "--kills", "1", "--ranks", "2", "--steps", "1", "--pairs", "1"]),
     "device": (HERE, ["--only", "machine", "--output", "{tmp}"]),
     "evaluation": (
         2,

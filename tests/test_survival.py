@@ -173,6 +173,32 @@ def test_the_best_is_measured_again_after_a_kill(tmp_path: Path, cache_dir: Path
         assert (tmp_path / "evaluations.jsonl").read_text().count('"best/test_top1"') == 1
 
 
+def train_and_die_having_saved(arguments: list[str]) -> None:
+    def save_and_die(saver: checkpoint.Saver, *state: Any, really: Callable = checkpoint.Saver.save) -> None:
+        really(saver, *state)
+        die()
+
+    with patch.object(checkpoint.Saver, "save", save_and_die):
+        main(arguments)
+
+
+def test_a_kill_right_after_a_save_loses_nothing_of_that_step(tmp_path: Path, cache_dir: Path) -> None:
+    every = [f"{section}.every_kimg={STEP}" for section in ("tracking", "checkpoint", "evaluation")]
+    arguments = [*options(tmp_path, cache_dir), *every, "train.kimg=0.128", "evaluation.metrics=[accuracy]"]
+    for _ in range(2):
+        (rank,) = start_ranks(1, lambda rank: (train_and_die_having_saved, arguments))
+        rank.join(60)
+        assert rank.exitcode == -signal.SIGKILL
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+    evaluations = [json.loads(line) for line in (tmp_path / "evaluations.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in evaluations if row["metric"] == "classification/test_top1"] == [1, 2]
+
+
+def evaluate_and_die(arguments: list[str]) -> None:
+    with patch.object(checkpoint.Saver, "save", die):
+        main(arguments)
+
+
 def test_damaged_lines_do_not_keep_a_run_from_going_on(tmp_path: Path, cache_dir: Path) -> None:
     run_ranks(1, main, options(tmp_path, cache_dir, "train.kimg=0.128", f"tracking.every_kimg={STEP}"))
     metrics = tmp_path / "metrics.jsonl"
@@ -288,9 +314,15 @@ def test_a_stop_in_an_evaluation_is_followed_at_once_and_the_evaluation_made_up_
     run_ranks(2, interrupted_evaluation, run_dir, cache_dir, timeout=60)
     assert saved_steps(run_dir) == [2]
     assert not (run_dir / "evaluations.jsonl").exists()
+    (rank,) = start_ranks(
+        1, lambda rank: (evaluate_and_die, options(run_dir, cache_dir, "train.kimg=0.128", "evaluation.metrics=[accuracy]"))
+    )
+    rank.join(60)
+    assert rank.exitcode == -signal.SIGKILL, "what it told of the evaluation is told again"
     run_ranks(1, main, options(run_dir, cache_dir, "train.kimg=0.128", "evaluation.metrics=[accuracy]"))
     records = [json.loads(line) for line in (run_dir / "evaluations.jsonl").read_text().splitlines()]
     assert {record["step"] for record in records} == {2}
+    assert len(records) == len({record["metric"] for record in records})
     assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 1, "no step was trained for it"
     run_ranks(1, main, options(run_dir, cache_dir, "train.kimg=0.128", "evaluation.metrics=[accuracy]"))
     assert len((run_dir / "evaluations.jsonl").read_text().splitlines()) == len(records), "once"

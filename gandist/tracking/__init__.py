@@ -8,7 +8,7 @@ from gandist.tracking.console import Console
 from gandist.tracking.health import Health
 from gandist.tracking.meter import Meter, Scalars
 from gandist.tracking.run_folder import EVALUATIONS, METRICS, SAMPLES, RunFolder
-from gandist.tracking.tracker import Samples, Tracker, Trackers, evaluation_table
+from gandist.tracking.tracker import Samples, StepReport, Tracker, Trackers, evaluation_table
 from gandist.tracking.weights_and_biases import WeightsAndBiases
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "Meter",
     "Samples",
     "Scalars",
+    "StepReport",
     "Tracker",
     "Trackers",
     "evaluation_table",
@@ -25,14 +26,16 @@ __all__ = [
 ]
 
 
-def open_trackers(config: Config, start: dict[str, Any], world: World, *, step: int) -> Trackers:
+def open_trackers(config: Config, start: dict[str, Any], world: World, *, step: int, evaluated: bool) -> Trackers:
     """All trackers on rank 0, none on the others.
 
-    start: what `environment.describe_start` and `summary.summarize` know of it; step: where the run begins or goes on
+    start: what `environment.describe_start` and `summary.summarize` know of it; step: where the run begins or goes on;
+    evaluated: whether the evaluation of this step is over, if there is one
     """
     if not world.is_main:
-        return Trackers([])
-    trackers: list[Tracker] = [Console(config, step), RunFolder(config.run_dir, step, start), Health(config)]
+        return Trackers()
+    files = [RunFolder(config.run_dir, step, start, evaluated=evaluated)]
+    others = [Console(config, step), Health(config)]
     if config.tracking.wandb != "off":
-        trackers.append(WeightsAndBiases(config, start, step))
-    return Trackers(trackers)
+        others.append(WeightsAndBiases(config, start, step))
+    return Trackers(files, others)

@@ -22,14 +22,15 @@ REAL = "real.png"
 class RunFolder(Tracker):
     """metrics.jsonl, evaluations.jsonl, starts.jsonl and samples/*.png.
 
-    step: where the run begins or goes on; start: a row about this start
+    step: where the run begins or goes on; start: a row about this start; evaluated: whether step's evaluation is over
     """
 
-    def __init__(self, run_dir: Path, step: int, start: dict[str, Any]):
+    def __init__(self, run_dir: Path, step: int, start: dict[str, Any], *, evaluated: bool):
         self.run_dir = run_dir
         (run_dir / SAMPLES).mkdir(parents=True, exist_ok=True)
-        for name in (METRICS, EVALUATIONS, STARTS):
-            _keep_until(run_dir / name, step)
+        _keep_until(run_dir / METRICS, step)
+        _keep_until(run_dir / EVALUATIONS, step if evaluated else step - 1)
+        _keep_until(run_dir / STARTS, step)
         append_rows(run_dir / STARTS, [start])
 
     def scalars(self, progress: dict, values: Scalars) -> None:

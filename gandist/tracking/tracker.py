@@ -52,44 +52,67 @@ class Tracker:
         """Nothing more comes."""
 
 
-class Trackers(Tracker):
-    """Several trackers as one; of none, it is false. What one of them cannot write is a warning and never ends the run."""
+@dataclass(frozen=True)
+class StepReport:
+    """What there is to report of a step; false where that is nothing but that it was made.
 
-    def __init__(self, trackers: Sequence[Tracker]):
-        self._trackers = trackers
+    progress: {"step", "kimg"}; scalars: means of the interval that ends with this step
+    """
+
+    progress: dict
+    scalars: Scalars | None = None
+    samples: Samples | None = None
+    evaluation: Evaluation | None = None
+
+    def __bool__(self) -> bool:
+        return any(each is not None for each in (self.scalars, self.samples, self.evaluation))
+
+    def tell(self, tracker: Tracker) -> None:
+        tracker.step(self.progress)
+        if self.samples:
+            tracker.samples(self.progress, self.samples)
+        if self.scalars:
+            tracker.scalars(self.progress, self.scalars | (self.samples.scalars if self.samples else {}))
+        if self.evaluation:
+            tracker.evaluation(self.progress, self.evaluation)
+
+
+class Trackers:
+    """All trackers of a run, as one; false without any. What one of them cannot write is a warning and never ends the run.
+
+    files: those that keep the run folder's own files
+    """
+
+    def __init__(self, files: Sequence[Tracker] = (), others: Sequence[Tracker] = ()):
+        self._files = files
+        self._others = others
         self._warned: set[str] = set()  # files
 
     def __bool__(self) -> bool:
-        return bool(self._trackers)
+        return bool(self._files or self._others)
 
-    def step(self, progress: dict) -> None:
-        self._each(lambda tracker: tracker.step(progress))
+    def record(self, report: StepReport) -> None:
+        """Writes a step into the files."""
+        self._each(self._files, report.tell)
 
-    def scalars(self, progress: dict, values: Scalars) -> None:
-        self._each(lambda tracker: tracker.scalars(progress, values))
-
-    def evaluation(self, progress: dict, evaluation: Evaluation) -> None:
-        self._each(lambda tracker: tracker.evaluation(progress, evaluation))
+    def tell(self, report: StepReport) -> None:
+        """Tells a step to all others."""
+        self._each(self._others, report.tell)
 
     def real(self, grid: Image.Image) -> None:
-        self._each(lambda tracker: tracker.real(grid))
-
-    def samples(self, progress: dict, samples: Samples) -> None:
-        self._each(lambda tracker: tracker.samples(progress, samples))
+        self._each([*self._files, *self._others], lambda tracker: tracker.real(grid))
 
     def finish(self) -> None:
-        self._each(lambda tracker: tracker.finish())
+        self._each([*self._files, *self._others], lambda tracker: tracker.finish())
 
-    def _each(self, tell: Callable[[Tracker], None]) -> None:
-        for tracker in self._trackers:
+    def _each(self, trackers: Sequence[Tracker], tell: Callable[[Tracker], None]) -> None:
+        for tracker in trackers:
             try:
                 tell(tracker)
             except OSError as error:
                 if error.filename not in self._warned:
                     self._warned.add(error.filename)
-                    print(
-                        f"warning: {error.filename}: {error.strerror}; the run goes on without what is lost there", flush=True
-                    )
+                    print(f"warning: {error.filename}: {error.strerror}; the run goes on without it", flush=True)
 
 
 def per_class_columns(evaluation: Evaluation) -> dict[str, list[float]]:
