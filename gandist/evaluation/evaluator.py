@@ -70,8 +70,13 @@ class Evaluation:
 
     def renamed(self, group: str) -> "Evaluation":
         """The records with this in place of what stands before the `/` of their names."""
-        records = [replace(each, metric=f"{group}/{each.metric.partition('/')[2]}") for each in self.records]
-        return replace(self, records=records)
+        records = [replace(each, metric=_in_group(group, each.metric)) for each in self.records]
+        return replace(self, records=records, per_class={_in_group(group, name): each for name, each in self.per_class.items()})
+
+    @property
+    def report_group(self) -> str:
+        """What the report on the class head is named by, as its values are."""
+        return BEST if self.records and self.records[0].metric.startswith(f"{BEST}/") else "classification"
 
     def to_dict(self) -> dict:
         described = {"records": [record.to_dict() for record in self.records], "per_class": self.per_class}
@@ -88,6 +93,10 @@ def record_values(
         if value.per_class:
             per_class[name] = value.per_class
     return records, per_class
+
+
+def _in_group(group: str, metric: str) -> str:
+    return f"{group}/{metric.partition('/')[2]}"
 
 
 class Evaluator:

@@ -41,8 +41,8 @@ class RunFolder(Tracker):
         rows += [{"metric": f"{name}/per_class", **progress, "value": values} for name, values in evaluation.per_class.items()]
         if report := evaluation.report:
             details = {"precision": report.precision, "recall": report.recall, "f1": report.f1}
-            rows.append({"metric": "classification/per_class", **progress, **details})
-            rows.append({"metric": "classification/confusion", **progress, "value": report.confusion})
+            rows.append({"metric": f"{evaluation.report_group}/per_class", **progress, **details})
+            rows.append({"metric": f"{evaluation.report_group}/confusion", **progress, "value": report.confusion})
         append_rows(self.run_dir / EVALUATIONS, rows)
 
     def real(self, grid: Image.Image) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from gandist import checkpoint
 from gandist.atomic import replace_text
 from gandist.config import Config
-from gandist.evaluation.evaluator import BEST, Evaluation
+from gandist.evaluation.evaluator import Evaluation
 from gandist.launcher import read_job
 from gandist.network import is_reachable
 from gandist.redaction import redacted
@@ -59,8 +59,7 @@ class WeightsAndBiases(Tracker):
         def row() -> dict[str, Any]:
             values = {record.metric: record.value for record in evaluation.records}
             values |= {f"{record.metric}_std": record.spread for record in evaluation.records if record.spread is not None}
-            group = evaluation.records[0].metric.partition("/")[0] if evaluation.records else ""
-            where = BEST if group == BEST else "classification"
+            where = evaluation.report_group
             if columns := per_class_columns(evaluation):
                 rows = [list(row) for row in zip(self._class_names, *columns.values(), strict=True)]
                 values[f"{where}/per_class"] = self._wandb.Table(["class", *columns], rows)
@@ -96,7 +95,7 @@ class WeightsAndBiases(Tracker):
             return
         self._guarded(lambda: self._run.log(progress | row(), step=max(step, self._sent + 1)))
         with suppress(OSError):
-            self._progress_file.write_text(str(step))
+            replace_text(self._progress_file, str(step))
 
     def _confusion(self, confusion: list[list[int]]) -> Any:
         names = [str(name) for name in self._class_names]
