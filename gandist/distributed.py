@@ -204,28 +204,46 @@ def run(main: Callable[[], None]) -> None:
 
     @record
     def guarded() -> None:
-        try:
-            main()
-        except KeyboardInterrupt:
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-            sys.exit(130)
-        except GandistError as error:
-            _fail(str(error), on_every_rank=error.on_every_rank)
-        except OSError as error:
-            _fail(_explain(error))
-        except RuntimeError as error:
-            if any(sign in str(error) for sign in _LOST_PEER):
-                _fail("the connection to another rank was lost: it failed first, see its own message")
-            if any(sign in str(error) for sign in _SILENT_PEER):
-                _fail("another rank does not answer: it hangs, or its node or the network between is gone; see its log")
-            if found := _NCCL_ON_THIS_NODE.search(str(error)):
-                _fail(
-                    f"NCCL failed on {socket.gethostname()}: {found['reason']}: often /dev/shm is full or too small (docker "
-                    "run --shm-size=8g), or NCCL_SOCKET_IFNAME is wrong; NCCL_DEBUG=INFO tells more"
-                )
-            raise
+        if problem := _find_problem(main):
+            _fail(*problem)
 
     guarded()
+
+
+def _find_problem(main: Callable[[], None]) -> tuple[str, bool] | None:
+    """What a user can do something about, if it ends in an error, and whether all ranks have the same one.
+
+    On return the error is gone, and with it the process groups that its frames hold: a group that outlives the interpreter
+    can abort the process.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        sys.exit(130)
+    except GandistError as error:
+        return str(error), error.on_every_rank
+    except OSError as error:
+        return _explain(error), False
+    except RuntimeError as error:
+        if problem := _of_other_ranks(str(error)):
+            return problem, False
+        raise
+    return None
+
+
+def _of_other_ranks(said: str) -> str | None:
+    """What gloo, NCCL or the store mean."""
+    if any(sign in said for sign in _LOST_PEER):
+        return "the connection to another rank was lost: it failed first, see its own message"
+    if any(sign in said for sign in _SILENT_PEER):
+        return "another rank does not answer: it hangs, or its node or the network between is gone; see its log"
+    if found := _NCCL_ON_THIS_NODE.search(said):
+        return (
+            f"NCCL failed on {socket.gethostname()}: {found['reason']}: often /dev/shm is full or too small (docker run "
+            "--shm-size=8g), or NCCL_SOCKET_IFNAME is wrong; NCCL_DEBUG=INFO tells more"
+        )
+    return None
 
 
 def _as_tensor(value: Any) -> torch.Tensor:
@@ -248,7 +266,7 @@ def _kind(error: GandistError) -> str:
     return next(kind.__name__ for kind in type(error).__mro__ if kind.__name__ in _KINDS)
 
 
-def _fail(message: str, *, on_every_rank: bool = False) -> NoReturn:
+def _fail(message: str, on_every_rank: bool) -> NoReturn:
     report(message, on_every_rank=on_every_rank)
     sys.exit(1)
 

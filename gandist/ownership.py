@@ -5,6 +5,7 @@ network file systems, where a file is created by one process alone too. The owne
 and ends when its own is gone.
 """
 
+import errno
 import json
 import os
 import secrets
@@ -28,14 +29,18 @@ from gandist.launcher import read_job, report
 FOLDER = ".owner"  # of a run folder
 RENEWAL = 5.0  # seconds between two renewals
 LEASE = 60.0  # seconds without a renewal after which an owner on another host counts as dead
+WRITING = 1.0  # seconds that a claim may take to be written
 
 
 class Claim:
-    """The claim of this process on a run folder."""
+    """The claim of this process on a run folder.
 
-    def __init__(self, path: Path, *, created: bool):
+    untouched: the names in the folder before; None where it was made for this claim
+    """
+
+    def __init__(self, path: Path, untouched: set[str] | None):
         self.path = path
-        self._created = created
+        self._untouched = untouched
         self._moving = threading.Lock()
 
     @property
@@ -47,7 +52,9 @@ class Claim:
         try:
             with self._moving:
                 os.utime(self.path)
-        except FileNotFoundError as error:
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
             newest = _newest(self.path.parent)
             who = _describe(_read(newest)) if newest else "its claim was removed"
             raise RunFolderError(f"{self.run_dir} is no longer this run's: {who}; this process ends without writing") from error
@@ -55,10 +62,10 @@ class Claim:
     def start_over(self, aside: str) -> None:
         """Moves the run folder to `aside`, and claims a new one in its place. Raises ConfigError where it is not of a run."""
         run_dir = self.run_dir
-        others = [path.name for path in run_dir.iterdir() if path.name != FOLDER]
-        if others and not {RUN_CONFIG, CHECKPOINTS} & {*others}:
+        others = _names(run_dir)
+        if others and not {RUN_CONFIG, CHECKPOINTS} & others:
             raise ConfigError(
-                f"--fresh moves a run aside, and {run_dir} is not one (it has {others[0]}): choose another run_dir"
+                f"--fresh moves a run aside, and {run_dir} is not one (it has {min(others)}): choose another run_dir"
             )
         with self._moving:
             if others:
@@ -67,13 +74,14 @@ class Claim:
                 self.path = take(run_dir).path
 
     def release(self) -> None:
-        """Lets the next start have the folder at once. Leaves nothing where the run has written nothing."""
-        if any(path.name != FOLDER for path in self.run_dir.iterdir()):
-            _release(self.path)
-            return
+        """Lets the next start have the folder at once. Leaves no trace where the run has written nothing."""
         with suppress(OSError):
+            left = _names(self.run_dir)
+            if left != (self._untouched or set()):
+                _release(self.path)
+                return
             shutil.rmtree(self.path.parent.rename(self.run_dir / f"{FOLDER}-{secrets.token_hex(4)}"))
-            if self._created:
+            if self._untouched is None:
                 self.run_dir.rmdir()
 
 
@@ -107,7 +115,7 @@ def take(run_dir: Path) -> Claim:
     A requeued Slurm job takes the folder from its earlier attempt, whose node may only have lost its connection to Slurm.
     Raises RunFolderError where the owner is alive.
     """
-    folder, created = run_dir / FOLDER, not run_dir.exists()
+    folder, untouched = run_dir / FOLDER, _names(run_dir) if run_dir.exists() else None
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         last = _newest(folder)
@@ -131,7 +139,7 @@ def take(run_dir: Path) -> Claim:
             _wait_for_end(owner)
         elif requeued:
             time.sleep(2 * RENEWAL)  # by then it has tried to renew its claim
-        return Claim(path, created=created)
+        return Claim(path, untouched)
 
 
 def _is_earlier_attempt(owner: dict[str, Any]) -> bool:
@@ -142,8 +150,8 @@ def _is_earlier_attempt(owner: dict[str, Any]) -> bool:
 def _refuse_if_alive(claim: Path) -> None:
     """Returns where the owner has released its claim, or is dead."""
     owner = _read(claim)
-    if not owner:  # it is being written
-        time.sleep(1)
+    if not owner:
+        time.sleep(WRITING)
         owner = _read(claim)
     if owner.get("released"):
         return
@@ -190,8 +198,12 @@ def _renew(claim: Claim, over: threading.Event) -> None:
             continue  # the file system does not answer now
 
 
+def _names(run_dir: Path) -> set[str]:
+    return {path.name for path in run_dir.iterdir() if path.name != FOLDER}
+
+
 def _newest(folder: Path) -> Path | None:
-    return max(folder.glob("[0-9]*.json"), key=_number, default=None)
+    return max((path for path in folder.glob("*.json") if path.stem.isdecimal()), key=_number, default=None)
 
 
 def _number(claim: Path | None) -> int:
@@ -204,7 +216,8 @@ def _read(claim: Path) -> dict[str, Any]:
         owner = json.loads(claim.read_text())
     except (OSError, ValueError):
         return {}
-    return owner if isinstance(owner, dict) else {}
+    is_whole = isinstance(owner, dict) and owner.keys() >= _this_process().keys() and isinstance(owner["process"], int)
+    return owner if is_whole else {}
 
 
 def _sign_of_life(claim: Path) -> tuple[int, int] | None:

@@ -689,6 +689,21 @@ def test_another_run_is_resumed_only_if_asked_by_name(trained: Path, tmp_path: P
             assert steps(config.run_dir) == [2, 4, 6]
 
 
+def test_a_checkpoint_that_lacks_what_this_version_needs_is_one_error(trained: Path, tmp_path: Path, cache_dir: Path) -> None:
+    cases = []
+    for key in ("skipped", "evaluation_pending", "data_fingerprint", "config"):
+        run_dir = Path(shutil.copytree(trained, tmp_path / key))
+        path = run_dir / "checkpoints" / "step-00000006"
+        meta = json.loads((path / "meta.json").read_text())
+        del meta[key]
+        (path / "meta.json").write_text(json.dumps(meta))
+        resum(path)
+        cases.append((configure(run_dir, cache_dir, kimg(8)), ()))
+    (errors,) = run_ranks(1, _resume_each, cases)
+    for (config, _), error in zip(cases, errors, strict=True):
+        assert error.endswith(f"step-00000006 was saved by another version of gandist (KeyError: '{config.run_dir.name}')")
+
+
 def test_a_key_newer_than_the_checkpoint_had_its_default(tmp_path: Path, world: World) -> None:
     meta = {"config": Config().model_dump(mode="json"), "data_fingerprint": {}}
     for key in ("attention", "group_size"):

@@ -14,7 +14,7 @@ import pytest
 from gandist import checkpoint
 from gandist.checkpoint.folder import find_damage
 from gandist.ownership import FOLDER
-from tests.ranks import ROOT, run_module, run_ranks, start_ranks
+from tests.ranks import ROOT, launch, run_module, run_ranks, start_ranks
 from tests.test_survival import STEP, options, saved_steps
 
 RENEWAL, LEASE = 0.2, 2.0  # s
@@ -139,6 +139,18 @@ def test_of_two_that_start_at_once_one_trains(tmp_path: Path, cache_dir: Path) -
         assert [find_damage(path) for path in checkpoint.complete_steps(run_dir)] == [None, None]
         assert len((run_dir / "starts.jsonl").read_text().splitlines()) == 1
     assert re.fullmatch(r"(error: .* is in use: process \d+ on .*\n){2}", (tmp_path / "err").read_text())
+
+
+def test_fresh_moves_nothing_but_runs(tmp_path: Path, cache_dir: Path) -> None:
+    thesis = tmp_path / "documents" / "thesis.tex"
+    thesis.parent.mkdir()
+    thesis.write_text("all I have")
+    result = launch(2, "gandist.train", "--fresh", *options(thesis.parent, cache_dir))
+    assert result.returncode == 1
+    assert re.fullmatch(
+        r"error: --fresh moves a run aside, and \S+/documents is not one \(it has thesis\.tex\).*\n", result.stderr
+    )
+    assert [*tmp_path.rglob("*")] == [thesis.parent, thesis]
 
 
 def _take_often(run_dir: Path, log: Path) -> None:
