@@ -35,7 +35,7 @@ WRITING = 1.0  # seconds that a claim may take to be written
 class Claim:
     """The claim of this process on a run folder.
 
-    untouched: the names in the folder before; None where it was made for this claim
+    untouched: the names in a folder that nobody had claimed before; None where somebody had
     """
 
     def __init__(self, path: Path, untouched: set[str] | None):
@@ -75,13 +75,14 @@ class Claim:
 
     def release(self) -> None:
         """Lets the next start have the folder at once. Leaves no trace where the run has written nothing."""
-        with suppress(OSError):
+        with suppress(OSError, RunFolderError):
             left = _names(self.run_dir)
-            if left != (self._untouched or set()):
+            if left != self._untouched:
                 _release(self.path)
                 return
+            self.confirm()
             shutil.rmtree(self.path.parent.rename(self.run_dir / f"{FOLDER}-{secrets.token_hex(4)}"))
-            if self._untouched is None:
+            if not left:
                 self.run_dir.rmdir()
 
 
@@ -115,31 +116,38 @@ def take(run_dir: Path) -> Claim:
     A requeued Slurm job takes the folder from its earlier attempt, whose node may only have lost its connection to Slurm.
     Raises RunFolderError where the owner is alive.
     """
-    folder, untouched = run_dir / FOLDER, _names(run_dir) if run_dir.exists() else None
+    untouched = None if (run_dir / FOLDER).exists() else _names(run_dir)
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        last = _newest(folder)
-        owner = _read(last) if last else {}
-        requeued = _is_earlier_attempt(owner)
-        if last and not requeued:
-            _refuse_if_alive(last)
-        path = folder / f"{_number(last) + 1:08d}.json"
-        try:
-            with path.open("x") as file:
-                file.write(json.dumps(_this_process()))
-        except (FileExistsError, FileNotFoundError):  # another start was quicker; a run that has failed removed the folder
-            continue
-        if _newest(folder) != path:  # what was listed was out of date
-            path.unlink(missing_ok=True)
-            continue
-        for older in folder.iterdir():
-            if older != path:
-                older.unlink(missing_ok=True)
-        if requeued and _is_here(owner):
-            _wait_for_end(owner)
-        elif requeued:
-            time.sleep(2 * RENEWAL)  # by then it has tried to renew its claim
-        return Claim(path, untouched)
+        with suppress(FileNotFoundError):  # a run that wrote nothing has removed the folder of claims meanwhile
+            if path := _try_to_take(run_dir / FOLDER):
+                return Claim(path, untouched)
+
+
+def _try_to_take(folder: Path) -> Path | None:
+    """The new claim; None where another start was quicker. Raises RunFolderError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    last = _newest(folder)
+    owner = _read(last) if last else {}
+    requeued = _is_earlier_attempt(owner)
+    if last and not requeued:
+        owner = _refuse_if_alive(last)
+    path = folder / f"{_number(last) + 1:08d}.json"
+    try:
+        with path.open("x") as file:
+            file.write(json.dumps(_this_process()))
+    except FileExistsError:
+        return None
+    if _newest(folder) != path or (last and _read(last) != owner):  # what was read before is out of date
+        path.unlink(missing_ok=True)
+        return None
+    for older in folder.iterdir():
+        if older != path:
+            older.unlink(missing_ok=True)
+    if requeued and _is_here(owner):
+        _wait_for_end(owner)
+    elif requeued:
+        time.sleep(2 * RENEWAL)  # by then it has tried to renew its claim
+    return path
 
 
 def _is_earlier_attempt(owner: dict[str, Any]) -> bool:
@@ -147,26 +155,27 @@ def _is_earlier_attempt(owner: dict[str, Any]) -> bool:
     return job is not None and not owner.get("released") and owner.get("job") == job.id and owner["restarts"] < job.restarts
 
 
-def _refuse_if_alive(claim: Path) -> None:
-    """Returns where the owner has released its claim, or is dead."""
+def _refuse_if_alive(claim: Path) -> dict[str, Any]:
+    """Who owned the folder and does no longer: it has released its claim, or is dead. Raises RunFolderError."""
     owner = _read(claim)
-    if not owner:
+    if not owner and claim.exists():
         time.sleep(WRITING)
         owner = _read(claim)
-    if owner.get("released"):
-        return
+    if owner.get("released") or not claim.exists():
+        return owner
     if _is_here(owner):
         if _lives_here(owner):
             raise _refusal(claim, owner)
-        return
+        return owner
     before, deadline = _sign_of_life(claim), time.monotonic() + LEASE
     print(f"{claim.parent.parent}: {_describe(owner)}: waits up to {LEASE:g} s for a sign of life", flush=True)
     while time.monotonic() < deadline:
         time.sleep(RENEWAL / 10)
         if (now := _sign_of_life(claim)) is None or _read(claim).get("released"):
-            return  # taken over by another start, or released
+            return _read(claim)  # taken over by another start, or released
         if now != before:
             raise _refusal(claim, owner)
+    return owner
 
 
 def _wait_for_end(owner: dict[str, Any]) -> None:
@@ -199,7 +208,7 @@ def _renew(claim: Claim, over: threading.Event) -> None:
 
 
 def _names(run_dir: Path) -> set[str]:
-    return {path.name for path in run_dir.iterdir() if path.name != FOLDER}
+    return {path.name for path in run_dir.glob("*") if path.name != FOLDER}
 
 
 def _newest(folder: Path) -> Path | None:
@@ -254,6 +263,7 @@ def _this_process() -> dict[str, Any]:
         "process_started": _started(os.getpid()),
         "job": job and job.id,
         "restarts": job.restarts if job else 0,
+        "start": secrets.token_hex(8),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

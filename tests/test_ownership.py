@@ -169,9 +169,13 @@ def _take_often(run_dir: Path, log: Path) -> None:
         claim.release()
 
 
-def test_never_two_at_a_time(tmp_path: Path) -> None:
-    log = tmp_path / "log"
-    run_ranks(4, _take_often, tmp_path / "r", log)
+@pytest.mark.parametrize("kept", [True, False], ids=["claims stay", "claims go"])
+def test_never_two_at_a_time(tmp_path: Path, kept: bool) -> None:
+    """Where nothing is written in between, the folder of claims goes each time, and their numbers begin anew."""
+    log, run_dir = tmp_path / "log", tmp_path / "r"
+    if kept:
+        (run_dir / FOLDER).mkdir(parents=True)
+    run_ranks(4, _take_often, run_dir, log)
     lines = log.read_text().splitlines()
     assert len({line.split()[0] for line in lines}) > 1
     for takes, releases in zip(lines[::2], lines[1::2], strict=True):

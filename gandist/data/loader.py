@@ -30,7 +30,7 @@ PREFETCHED_BATCHES = 4
 SHARED_BATCHES = PREFETCHED_BATCHES + 1  # of a worker: those asked of it, and the one that is being copied
 PLANNED_BATCHES = 16  # whose samples are looked up at once
 FILES_PER_WORKER = 3 + SHARED_BATCHES  # that the main process opens: pipes, and the memory of batches
-_NO_SHARED_MEMORY = re.compile(r"</torch_.*No space left on device|^\[Errno 28\] No space left on device$")
+_NO_SHARED_MEMORY = re.compile(r"shared memory\(shm\) for file|</torch_.*No space left|^\[Errno 28\] No space left on device$")
 _NO_FILES = ("Too many open files", "items of ancdata")
 
 

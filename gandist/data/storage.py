@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-import stat
 import threading
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -45,7 +44,7 @@ class Storage:
     def open(self, shard: Shard) -> OpenShard:
         """Fetches and scans the shard where that was not done before. Raises DataError."""
         try:
-            if not is_remote(shard.url) and not stat.S_ISREG(os.stat(shard.url).st_mode):
+            if not is_remote(shard.url) and Path(shard.url).exists() and not Path(shard.url).is_file():
                 raise DataError(f"{shard}: is a pipe, a device or a folder, not a file: name the shards themselves")
             return self._open_cached(shard) if self.is_cached(shard) else self._open_in_place(shard)
         except OSError as error:
