@@ -1,5 +1,6 @@
 """Process groups, the device of this rank, agreement between ranks, and the wrapper of every entry point."""
 
+import gc
 import os
 import re
 import signal
@@ -205,17 +206,14 @@ def run(main: Callable[[], None]) -> None:
     @record
     def guarded() -> None:
         if problem := _find_problem(main):
+            gc.collect()  # a process group that outlives the interpreter can abort the process, and frames of the error hold it
             _fail(*problem)
 
     guarded()
 
 
 def _find_problem(main: Callable[[], None]) -> tuple[str, bool] | None:
-    """What a user can do something about, if it ends in an error, and whether all ranks have the same one.
-
-    On return the error is gone, and with it the process groups that its frames hold: a group that outlives the interpreter
-    can abort the process.
-    """
+    """What a user can do something about, if it ends in an error, and whether all ranks have the same one."""
     try:
         main()
     except KeyboardInterrupt:
